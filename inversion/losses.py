@@ -1,0 +1,116 @@
+"""The terms of the inversion loss. Each is a function of a `LossInputs` that returns a scalar; `LOSSES` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inversion.canvas import Neighbours, PatchCanvas
+
+# Right, down, and the two diagonals: every pair of neighbouring pixels once, seen from one of the two.
+DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss may look at: `logits` (B, classes) of the jittered image, `labels` (B,), the un-jittered pixels."""
+
+    logits: Tensor
+    labels: Tensor
+    canvas: PatchCanvas
+
+
+def one_hot(inputs: LossInputs) -> Tensor:
+    """Cross-entropy of the logits with the target labels, mean over the batch."""
+    return F.cross_entropy(inputs.logits.float(), inputs.labels)
+
+
+def tv_l2(inputs: LossInputs) -> Tensor:
+    """Sum of the Frobenius norms of the four neighbour differences over the batch (DeepInversion, CVPR 2020, R_TV).
+
+    Only pairs of pixels that both lie in kept patches count.
+    """
+    return _TotalVariation.apply(inputs.canvas.pixels, inputs.canvas.neighbours, 2)
+
+
+def tv_l1(inputs: LossInputs) -> Tensor:
+    """Sum of the means of the four absolute neighbour differences, over pairs in kept patches."""
+    return _TotalVariation.apply(inputs.canvas.pixels, inputs.canvas.neighbours, 1)
+
+
+def l2(inputs: LossInputs) -> Tensor:
+    """Frobenius norm of the kept pixels of the batch (DeepInversion, CVPR 2020, R_l2)."""
+    return torch.linalg.vector_norm(inputs.canvas.pixels)
+
+
+Loss = Callable[[LossInputs], Tensor]
+LOSSES: dict[str, Loss] = {"oh": one_hot, "tv1": tv_l1, "tv2": tv_l2, "l2": l2}
+
+
+def _pairs(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:
+    """The pixel pairs of a direction: (patch offset of the second pixel, slices of the first, of the second)."""
+
+    def along(step: int, length: int) -> list[tuple[int, slice, slice]]:
+        if step == 0:
+            return [(0, slice(None), slice(None))]
+        if step > 0:
+            return [(0, slice(0, length - 1), slice(1, length)), (1, slice(length - 1, length), slice(0, 1))]
+        return [(0, slice(1, length), slice(0, length - 1)), (-1, slice(0, 1), slice(length - 1, length))]
+
+    rows, cols = along(direction[0], size[0]), along(direction[1], size[1])
+    return [((dy, dx), (..., r, c), (..., r2, c2)) for dy, r, r2 in rows for dx, c, c2 in cols]
+
+
+class _TotalVariation(torch.autograd.Function):
+    """Total variation of kept patches (B, n, C, h, w); the gradient is made in the forward pass, where it is cheap.
+
+    d||D x||_F / dx = D^T D x / ||D x||_F, and d mean|D x| / dx = D^T sign(D x) / pairs; 0 where the norm is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, pixels: Tensor, links: Neighbours, order: int) -> Tensor:
+        flat = pixels.detach().flatten(0, 1)
+        grad = torch.zeros_like(flat)
+        total = flat.new_zeros(())
+        for direction in DIRECTIONS:
+            parts = []
+            for offset, first, second in _pairs(direction, flat.shape[-2:]):
+                if offset == (0, 0):
+                    parts.append((offset, first, second, flat[second] - flat[first]))
+                else:
+                    beyond = flat[second].index_select(0, links.index[offset])
+                    parts.append((offset, first, second, (beyond - flat[first]).mul_(links.adjacent[offset])))
+            value, slopes = _norm(parts, links, order)
+            total = total + value
+            for (offset, first, second, _), slope in zip(parts, slopes, strict=True):
+                grad[first] -= slope
+                if offset == (0, 0):
+                    grad[second] += slope
+                else:
+                    # The pair that ends here begins in the opposite neighbour: a gather, where autograd would scatter.
+                    back = -offset[0], -offset[1]
+                    grad[second] += slope.index_select(0, links.index[back]) * links.adjacent[back]
+        ctx.save_for_backward(grad.view(pixels.shape))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * grad_output, None, None
+
+
+def _norm(parts: list[tuple], links: Neighbours, order: int) -> tuple[Tensor, list[Tensor]]:
+    """The norm (order 2) or mean absolute value (order 1) of one direction's differences, and its gradient to each."""
+    differences = [part[-1] for part in parts]
+    if order == 2:
+        norm = torch.stack([torch.linalg.vector_norm(d) for d in differences]).norm()
+        scale = torch.where(norm > 0, 1 / norm, 0)
+        return norm, [d * scale for d in differences]
+    pairs = sum(
+        d.numel() if offset == (0, 0) else links.adjacent[offset].sum() * d[0].numel() for offset, _, _, d in parts
+    )
+    scale = 1 / torch.as_tensor(pairs, device=differences[0].device).clamp(min=1)
+    return sum(d.abs().sum() for d in differences) * scale, [d.sign() * scale for d in differences]

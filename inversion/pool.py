@@ -1,0 +1,150 @@
+"""The image pool: inverted images on disk.
+
+    DATAPOOL/<model>-<strategy>-<configuration hash>/
+        pool.json                      format version and everything that the pixels depend on
+        images/<class>/<number>.png    8-bit images, stopped patches black; a `torchvision.datasets.ImageFolder`
+        batches/<batch>.json           labels, kept positions, loss at every iteration; written last
+
+A batch exists once its file in `batches/` does. Every file is written under another name and renamed, and batches
+depend on the configuration and their number alone, so a run that is killed and started again ends with the same pool.
+Class folders are class numbers, zero-padded: `int(dataset.classes[label])` is the model's class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from inversion.config import InversionConfig
+from inversion.engine import InvertedBatch
+from models import LoadedModel, PatchGrid, SparseImages
+from utils.data import load_rgb
+from utils.errors import UserError
+from utils.files import atomic, read_json, writable_folder, write_json
+
+FORMAT_VERSION = 1
+
+
+class ImagePool:
+    """The images of one model under one configuration.
+
+    Args:
+        root: the data pool; each configuration has a folder of its own in it.
+        model: what is inverted.
+        config: how.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something else.
+    """
+
+    def __init__(self, root: str | Path, model: LoadedModel, config: InversionConfig) -> None:
+        self.model, self.config = model, config
+        grid = model.vit.patch_embed
+        self.grid = PatchGrid(*grid.grid_size, *grid.patch_size)
+        self.description = {
+            "format_version": FORMAT_VERSION,
+            "model": {
+                "name": model.name,
+                "fingerprint": model.fingerprint(),
+                "classes": model.classes,
+                "mean": list(model.preprocessing.mean),
+                "std": list(model.preprocessing.std),
+            },
+            "grid": asdict(self.grid),
+            "inversion": json.loads(json.dumps(asdict(config))),
+        }
+        digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
+        name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
+        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy_name}-s{config.seed}-{digest}"
+        self._open()
+
+    def has(self, batch: int) -> bool:
+        """Whether batch number `batch` is complete."""
+        return self._batch_file(batch).is_file()
+
+    def write(self, batch: int, inverted: InvertedBatch) -> None:
+        """Add a batch: its images first, then the file that makes it count."""
+        images = inverted.images
+        pixels = self.model.preprocessing.denormalize(images.patches).clamp(0, 1)
+        for index, (image, label) in enumerate(
+            zip(self.grid.unpatchify(pixels, images.positions), images.labels.tolist(), strict=True)
+        ):
+            path = self.path / self._image_name(batch, index, label)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as partial:
+                to_pil_image(image.mul(255).round().byte()).save(partial, format="PNG")
+        record = {
+            "format_version": FORMAT_VERSION,
+            "batch": batch,
+            "seed": self.config.seed,
+            "labels": images.labels.tolist(),
+            "kept_positions": images.positions.tolist(),
+            "losses": [float(f"{loss:.6g}") for loss in inverted.losses.tolist()],
+        }
+        write_json(self._batch_file(batch), record)
+
+    def read(self, count: int) -> SparseImages:
+        """The first `count` images as 8-bit PNG holds them: kept patches, positions, labels.
+
+        Raises:
+            UserError: an image or a record that is missing or damaged.
+        """
+        patches, positions, labels = [], [], []
+        for record in self._records(count):
+            files = [
+                self.path / self._image_name(record["batch"], index, label)
+                for index, label in enumerate(record["labels"])
+            ]
+            images = torch.stack([pil_to_tensor(self._image(file)) for file in files])
+            kept = torch.tensor(record["kept_positions"])
+            normalized = self.model.preprocessing.normalize(images / 255)
+            patches.append(self.grid.patchify(normalized)[torch.arange(len(kept))[:, None], kept])
+            positions.append(kept)
+            labels.append(torch.tensor(record["labels"]))
+        return SparseImages(*(torch.cat(parts)[:count] for parts in (patches, positions, labels)))
+
+    def losses(self, count: int) -> torch.Tensor:
+        """Loss at every iteration of the batches that hold the first `count` images: (batches, iterations)."""
+        return torch.tensor([record["losses"] for record in self._records(count)])
+
+    def _open(self) -> None:
+        file = self.path / "pool.json"
+        if file.is_file():
+            if read_json(file) != self.description:
+                raise UserError(f"{self.path} was written by another configuration; give another --datapool")
+        elif self.path.exists() and any(not entry.name.startswith(".pool.json") for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} holds files but no pool.json; give another --datapool")
+        else:
+            self.path.mkdir(exist_ok=True)
+            write_json(file, self.description)
+        (self.path / "batches").mkdir(exist_ok=True)
+
+    def _records(self, count: int) -> Iterator[dict]:
+        for batch in range(-(-count // self.config.batch_size)):
+            file = self._batch_file(batch)
+            record = read_json(file)
+            lists = [record.get(key) for key in ("labels", "kept_positions", "losses")]
+            if record.get("format_version") != FORMAT_VERSION or not all(isinstance(part, list) for part in lists):
+                raise UserError(f"{file} is not a batch of pool format {FORMAT_VERSION}")
+            yield record
+
+    def _image(self, file: Path) -> Image.Image:
+        image = load_rgb(str(file))
+        if image.size != self.grid.image_size[::-1]:
+            raise UserError(f"{file} is {image.size[0]}x{image.size[1]}, the pool's images are not; remove it")
+        return image
+
+    def _batch_file(self, batch: int) -> Path:
+        return self.path / "batches" / f"{batch:06d}.json"
+
+    def _image_name(self, batch: int, index: int, label: int) -> str:
+        number = batch * self.config.batch_size + index
+        return f"images/{label:0{len(str(self.model.classes - 1))}d}/{number:06d}.png"

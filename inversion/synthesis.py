@@ -1,0 +1,102 @@
+"""Filling a pool: the batches that are not there yet, with a progress bar and a record of what they cost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from inversion.engine import Inverter, Progress
+from inversion.pool import ImagePool
+from utils.device import peak_memory_bytes, reset_peak_memory
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class SynthesisReport:
+    """What the images of a pool are and cost; `seconds` is None where they were made by a run logged elsewhere."""
+
+    strategy: str | None
+    images: int
+    iterations: int
+    seconds: float | None
+    patches_per_stage: list[int]
+    flops: int
+    peak_memory_bytes: int
+    pool: str | None
+
+
+def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, quiet: bool = False) -> SynthesisReport:
+    """Make sure that `pool` holds its first `count` images; finished batches are taken as they are.
+
+    Args:
+        pool: where the images go, with the model and the configuration they come from.
+        count: images; a last batch is synthesized whole.
+        device: where to run.
+        log: a file of JSON lines that the seconds of each batch are appended to (the pool itself holds no timing, so
+            that two runs write the same bytes).
+        quiet: no progress bar.
+
+    Raises:
+        UserError: another process is filling the pool, or the loss is no longer finite.
+    """
+    config = pool.config
+    inverter = Inverter(pool.model, config, device)
+    batches = range(math.ceil(count / config.batch_size))
+    with open(pool.path / "pool.json") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is filling {pool.path}; wait for it or give another --datapool") from None
+        missing = [batch for batch in batches if not pool.has(batch)]
+        with tqdm(total=len(missing) * config.iterations, unit="it", disable=quiet, desc="inversion") as bar:
+            for number, batch in enumerate(missing):
+                reset_peak_memory(device)
+                start = time.perf_counter()
+                pool.write(batch, inverter.invert(batch, _shown(bar, number * config.iterations)))
+                _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
+    logged = _logged(log, pool)
+    known = [logged[batch] for batch in batches if batch in logged]
+    return SynthesisReport(
+        strategy=config.strategy_name,
+        images=count,
+        iterations=config.iterations,
+        seconds=sum(entry["seconds"] for entry in known) if len(known) == len(batches) else None,
+        patches_per_stage=[stage.patches for stage in inverter.stages],
+        flops=inverter.total_flops() * len(batches),
+        peak_memory_bytes=max((entry["peak_memory_bytes"] for entry in known), default=peak_memory_bytes(device)),
+        pool=str(pool.path),
+    )
+
+
+def _shown(bar: tqdm, offset: int):
+    def show(progress: Progress) -> None:
+        bar.set_postfix(loss=f"{progress.loss:.4g}", patches=progress.patches, refresh=False)
+        bar.update(offset + progress.iteration - bar.n)
+
+    return show
+
+
+def _append(log: Path, pool: ImagePool, batch: int, seconds: float, peak: int) -> None:
+    entry = {"pool": pool.path.name, "batch": batch, "seconds": round(seconds, 3), "peak_memory_bytes": peak}
+    with open(log, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _logged(log: Path, pool: ImagePool) -> dict[int, dict]:
+    """What the log says of this pool's batches; a line that a kill cut off is passed over."""
+    entries = {}
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["pool"] == pool.path.name:
+            entries[entry["batch"]] = entry
+    return entries

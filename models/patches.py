@@ -1,0 +1,84 @@
+"""Images as sets of patches at positions of a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """A grid of `rows` x `cols` patches of `height` x `width` pixels; positions are row-major, 0 .. rows * cols - 1."""
+
+    rows: int
+    cols: int
+    height: int
+    width: int
+    channels: int = 3
+
+    @property
+    def count(self) -> int:
+        """Patches in a full image."""
+        return self.rows * self.cols
+
+    @property
+    def pixels(self) -> int:
+        """Values in one patch, channels included."""
+        return self.channels * self.height * self.width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.rows * self.height, self.cols * self.width
+
+    def all_positions(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """Every position, for each of `batch` images: (batch, count), int64."""
+        return torch.arange(self.count, device=device).expand(batch, -1)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> patches (B, count, C, height, width)."""
+        batch = images.shape[0]
+        split = images.reshape(batch, self.channels, self.rows, self.height, self.cols, self.width)
+        return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, self.count, self.channels, self.height, self.width)
+
+    def unpatchify(self, patches: Tensor, positions: Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """Patches (B, n, C, height, width) at `positions` (B, n) -> images (B, C, H, W).
+
+        Args:
+            patches: kept patches.
+            positions: their grid positions, int64, no position twice in an image.
+            fill: value of every other pixel; a tensor of shape (C,) gives one per channel.
+        """
+        batch = patches.shape[0]
+        canvas = patches.new_empty(batch, self.count, self.channels, self.height, self.width)
+        canvas[:] = torch.as_tensor(fill, dtype=patches.dtype, device=patches.device).reshape(-1, 1, 1)
+        canvas[torch.arange(batch, device=patches.device)[:, None], positions] = patches
+        split = canvas.view(batch, self.rows, self.cols, self.channels, self.height, self.width)
+        return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.channels, *self.image_size)
+
+
+@dataclass(frozen=True)
+class SparseImages:
+    """Images of which only some patches are left: what calibration and distillation are fed.
+
+    `patches` (B, n, C, height, width) normalized, `positions` (B, n) int64, `labels` (B,) int64.
+    """
+
+    patches: Tensor
+    positions: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def whole(cls, grid: PatchGrid, images: Tensor, labels: Tensor) -> SparseImages:
+        """Whole images (B, C, H, W) with all their patches."""
+        return cls(grid.patchify(images), grid.all_positions(len(images)), labels)
+
+    def batches(self, size: int) -> list[SparseImages]:
+        """The same images in batches of at most `size`."""
+        parts = zip(self.patches.split(size), self.positions.split(size), self.labels.split(size), strict=True)
+        return [SparseImages(*part) for part in parts]

@@ -1,0 +1,235 @@
+"""Model names -> a frozen timm Vision Transformer with its weights, its preprocessing and its data set."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from models.sparse_vit import require_supported
+from utils.errors import UserError
+
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
+
+DEFAULT_MODEL = "deit_nano_4_digits"
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+
+# Arguments that make timm's deit_tiny the bundled nano model.
+NANO_ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A row of the table of names: the timm model behind it and what its published weights were trained on."""
+
+    timm_name: str
+    classes: int
+    dataset: str
+    pretrained_cfg: dict | None = None
+    model_args: dict | None = None
+    weights: Path | None = None
+
+
+def _cifar_cfg(mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
+    # Resized to 256, centre-cropped to 224, as the published CIFAR teachers were trained.
+    return {"mean": mean, "std": std, "crop_pct": 224 / 256, "interpolation": "bicubic", "input_size": (3, 224, 224)}
+
+
+CIFAR10_CFG = _cifar_cfg((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100_CFG = _cifar_cfg((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+DIGITS_CFG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
+DIGITS_CFG["input_size"] = (3, NANO_ARGS["img_size"], NANO_ARGS["img_size"])
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    DEFAULT_MODEL: NamedModel(
+        "deit_tiny_patch16_224", 10, "digits", DIGITS_CFG, NANO_ARGS, WEIGHTS_DIR / DEFAULT_MODEL / "model.safetensors"
+    )
+}
+for _size in ("tiny", "small", "base"):
+    _timm_name = f"deit_{_size}_patch16_224"
+    NAMED_MODELS[f"deit_{_size}_16_imagenet"] = NamedModel(_timm_name, 1000, "imagenet")
+    NAMED_MODELS[f"deit_{_size}_16_cifar10"] = NamedModel(_timm_name, 10, "cifar10", CIFAR10_CFG)
+    NAMED_MODELS[f"deit_{_size}_16_cifar100"] = NamedModel(_timm_name, 100, "cifar100", CIFAR100_CFG)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images, from its timm `pretrained_cfg`."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def eval_transform(self) -> Callable:
+        """PIL image -> normalized tensor of shape `input_size`, by timm's own evaluation transform."""
+        return timm.data.create_transform(
+            self.input_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], channels third from the end -> normalized."""
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images * std + mean
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be inverted: evaluation mode, no gradients to its weights."""
+
+    name: str
+    vit: VisionTransformer
+    preprocessing: Preprocessing
+    dataset: str | None
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
+
+    @property
+    def classes(self) -> int:
+        return self.vit.num_classes
+
+    def fingerprint(self) -> str:
+        """SHA-256 of architecture and weights, first 16 hex digits: what makes two models the same."""
+        digest = hashlib.sha256(type(self.vit).__name__.encode())
+        for key, value in sorted(self.vit.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_model(name: str, model_path: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
+    """Load a model by name.
+
+    Args:
+        name: a name of `NAMED_MODELS`, any timm VisionTransformer, `hf-hub:org/name` or `local-dir:PATH`.
+        model_path: local weights: a `.pth` or `.safetensors` file holding a plain state_dict, or a folder with
+            `<name>.pth`, `<name>.safetensors` or `model.safetensors` in it. None takes the hub's.
+        random_weights: leave the weights at their initialization (benchmarks, training from scratch).
+
+    Raises:
+        UserError: unknown name, an architecture that `SparseViT` cannot honour, or weights that are missing, damaged,
+            unsafe or do not fit.
+    """
+    named = NAMED_MODELS.get(name)
+    if named is None and not name.startswith(("hf-hub:", "local-dir:")):
+        _require_timm_name(name)
+        with torch.device("meta"):  # refuse before anything is downloaded
+            require_supported(timm.create_model(name, num_classes=1), name)
+    weights = None if random_weights else _weights_file(name, named, model_path)
+    state = None if weights is None else _read_weights(weights)
+    vit = _create(name, named, state, pretrained=weights is None and not random_weights)
+    if named is not None and named.pretrained_cfg:
+        vit.pretrained_cfg = {**vit.pretrained_cfg, **named.pretrained_cfg, "num_classes": named.classes}
+    require_supported(vit, name)
+    if state is not None:
+        _load_weights(vit, name, weights, state)
+    vit.eval().requires_grad_(False)
+    config = timm.data.resolve_model_data_config(vit)
+    config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+    config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
+    preprocessing = Preprocessing(**{key: config[key] for key in Preprocessing.__dataclass_fields__})
+    if vit.patch_embed.proj.in_channels != 3:
+        raise UserError(f"{name} takes {vit.patch_embed.proj.in_channels} channels; only RGB models are supported")
+    return LoadedModel(name, vit, preprocessing, named.dataset if named else None)
+
+
+def _require_timm_name(name: str) -> None:
+    base = name.split(".")[0]
+    if timm.is_model(base) and (base == name or name in timm.list_pretrained(f"{base}.*")):
+        return
+    known = [*NAMED_MODELS, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
+    if base != name and timm.is_model(base):
+        known = timm.list_pretrained(f"{base}.*")
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or list(NAMED_MODELS)[:4]
+    raise UserError(f"unknown model '{name}'; did you mean {', '.join(near)}?")
+
+
+def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | None) -> Path | None:
+    """The local file to load, or None where timm is to fetch the weights."""
+    if model_path is None:
+        if named is None or named.dataset == "imagenet":
+            return None
+        if named.weights is not None:
+            return named.weights
+        raise UserError(
+            f"the weights of {name} are on no hub; give them with --model_path (a folder with {name}.pth), "
+            "or make them with scripts/train_teacher.py"
+        )
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        stem = name.replace("local-dir:", "").replace("hf-hub:", "").rstrip("/").split("/")[-1]
+        tried = [path / f"{stem}.pth", path / f"{stem}.safetensors", path / "model.safetensors"]
+        found = [file for file in tried if file.is_file()]
+        if not found:
+            raise UserError(f"no weights in --model_path {path}: looked for {', '.join(f.name for f in tried)}")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"--model_path {path} does not exist")
+    return path
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds no plain state_dict")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            reason = "it holds Python objects besides tensors, which could run code; save a plain state_dict instead"
+        raise UserError(f"cannot read weights from {path}: {reason}") from None
+    return state
+
+
+def _create(
+    name: str, named: NamedModel | None, state: dict[str, Tensor] | None, pretrained: bool
+) -> VisionTransformer:
+    args = {}
+    if named is not None:
+        args = {"num_classes": named.classes, **(named.model_args or {})}
+    elif state is not None and "head.weight" in state:
+        args = {"num_classes": state["head.weight"].shape[0]}
+    if name.startswith("local-dir:") and not (Path(name.removeprefix("local-dir:")) / "config.json").is_file():
+        raise UserError(f"{name}: there is no config.json in that folder")
+    try:
+        return timm.create_model(named.timm_name if named else name, pretrained=pretrained, **args)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # timm, the hub client and safetensors each raise their own kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        where = "" if name.startswith("local-dir:") or not pretrained else "; without network, give --model_path"
+        raise UserError(f"cannot load {name} ({reason}){where}") from None
+
+
+def _load_weights(vit: VisionTransformer, name: str, path: Path, state: dict[str, Tensor]) -> None:
+    head = state.get("head.weight")
+    if head is not None and head.shape[0] != vit.num_classes:
+        raise UserError(f"{path} has {head.shape[0]} classes, {name} has {vit.num_classes}")
+    own = vit.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    differ = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or extra or differ:
+        found = [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {extra[0]}"] * bool(extra)
+        found += [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in sorted(differ)[:1]]
+        raise UserError(f"the weights in {path} do not fit {name}: {'; '.join(found)}")
+    vit.load_state_dict(state)

@@ -1,0 +1,49 @@
+"""Accuracy of one or more models in a single pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from models import SparseViT
+
+
+@torch.no_grad()
+def evaluate(
+    models: Mapping[str, SparseViT], data: DataLoader, device: torch.device, quiet: bool = False
+) -> dict[str, dict[str, float]]:
+    """Evaluate every model on the same batches.
+
+    Args:
+        models: name -> model, in float32 on `device`.
+        data: batches of normalized images (B, C, H, W) and labels (B,).
+        device: where the models are.
+        quiet: no progress bar.
+
+    Returns:
+        name -> `top1` and `top5` in per cent, `loss` (mean cross-entropy) and `images`.
+    """
+    sums = {name: [0.0, 0.0, 0.0] for name in models}
+    images_seen = 0
+    for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images_seen += len(labels)
+        for name, model in models.items():
+            logits = model.forward_images(images)
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss]).tolist()
+            sums[name] = [total + value for total, value in zip(sums[name], seen, strict=True)]
+    return {
+        name: {
+            "top1": round(100 * total[0] / images_seen, 3),
+            "top5": round(100 * total[1] / images_seen, 3),
+            "loss": total[2] / images_seen,
+            "images": images_seen,
+        }
+        for name, total in sums.items()
+    }

@@ -1,0 +1,1 @@
+"""What every part shares: errors, devices and seeds, data sets, files, reports, pictures."""

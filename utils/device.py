@@ -1,0 +1,81 @@
+"""Device, dtype and seeds."""
+
+from __future__ import annotations
+
+import platform
+import random
+import resource
+import sys
+
+import numpy as np
+import timm
+import torch
+import torchvision
+
+from utils.errors import UserError
+
+
+def pick_device(device: str, gpu: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `mps` -> a device that exists. Raises `UserError` where it does not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no CUDA GPU that torch can use; try --device cpu")
+        if not 0 <= gpu < torch.cuda.device_count():
+            raise UserError(f"--gpu {gpu}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+        return torch.device("cuda", gpu)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> str:
+    """`auto`: bfloat16 where the hardware multiplies it (GPU; CPU with AMX or AVX512-BF16), else float32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        fast = torch.cpu.get_capabilities()
+        return "bfloat16" if fast.get("avx512_bf16") or fast.get("amx_bf16") else "float32"
+    return "float32"
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of cores used and the CPU's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads, {platform.machine()})"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring peak memory anew; on the CPU the system keeps one peak per process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in this process (weights and libraries included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on besides the code."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }

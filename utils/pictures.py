@@ -1,0 +1,50 @@
+"""Pictures: image grids and curves, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from utils.files import atomic
+
+TILE = 96
+"""Least side of an image in a grid, in pixels; smaller images are enlarged by a whole factor."""
+
+
+def save_image_grid(path: Path, images: Tensor, columns: int = 8) -> None:
+    """Images (B, 3, H, W) in [0, 1] -> one PNG, `columns` images a row, white between them."""
+    factor = max(1, -(-TILE // images.shape[-1]))
+    enlarged = images.clamp(0, 1).repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+    grid = make_grid(enlarged, nrow=columns, padding=4, pad_value=1.0)
+    with atomic(path) as partial:
+        to_pil_image(grid.mul(255).round().byte()).save(partial, format="PNG")
+
+
+def save_loss_curve(path: Path, losses: Tensor, stage_starts: list[int], patches: list[int]) -> None:
+    """The inversion loss (batches, iterations) as mean and range over batches, the stages marked by their patches."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    iterations = torch.arange(1, losses.shape[1] + 1)
+    axes.plot(iterations, losses.mean(dim=0), linewidth=1, color="tab:blue")
+    if len(losses) > 1:
+        axes.fill_between(iterations, losses.amin(dim=0), losses.amax(dim=0), alpha=0.25, linewidth=0)
+    for start, count in zip(stage_starts, patches, strict=True):
+        axes.axvline(start + 1, color="0.7", linewidth=0.8, zorder=0)
+        axes.annotate(
+            f"{count}", (start + 1, 1), xycoords=("data", "axes fraction"), xytext=(2, -10), textcoords="offset points"
+        )
+    axes.set(xlabel="iteration", ylabel="inversion loss", yscale="log", xlim=(1, losses.shape[1]))
+    axes.set_title("patches left at the grey lines", fontsize="medium", color="0.4")
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """A matplotlib figure as PNG, without a display."""
+    with atomic(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
