@@ -117,7 +117,12 @@ class LoadedModel:
         return digest.hexdigest()[:16]
 
 
-def load_model(name: str, model_path: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
+def load_model(
+    name: str,
+    model_path: str | Path | None = None,
+    random_weights: bool = False,
+    classes: int | None = None,
+) -> LoadedModel:
     """Load a model by name.
 
     Args:
@@ -125,6 +130,8 @@ def load_model(name: str, model_path: str | Path | None = None, random_weights: 
         model_path: local weights: a `.pth` or `.safetensors` file holding a plain state_dict, or a folder with
             `<name>.pth`, `<name>.safetensors` or `model.safetensors` in it. None takes the hub's.
         random_weights: leave the weights at their initialization (benchmarks, training from scratch).
+        classes: load it to be trained for so many classes: weights with another number of them, or without a head, get
+            a new head, and a named CIFAR model starts from timm's ImageNet weights.
 
     Raises:
         UserError: unknown name, an architecture that `SparseViT` cannot honour, or weights that are missing, damaged,
@@ -135,14 +142,14 @@ def load_model(name: str, model_path: str | Path | None = None, random_weights: 
         _require_timm_name(name)
         with torch.device("meta"):  # refuse before anything is downloaded
             require_supported(timm.create_model(name, num_classes=1), name)
-    weights = None if random_weights else _weights_file(name, named, model_path)
+    weights = None if random_weights else _weights_file(name, named, model_path, classes is not None)
     state = None if weights is None else _read_weights(weights)
-    vit = _create(name, named, state, pretrained=weights is None and not random_weights)
+    vit = _create(name, named, state, weights is None and not random_weights, classes)
     if named is not None and named.pretrained_cfg:
         vit.pretrained_cfg = {**vit.pretrained_cfg, **named.pretrained_cfg, "num_classes": named.classes}
     require_supported(vit, name)
     if state is not None:
-        _load_weights(vit, name, weights, state)
+        _load_weights(vit, name, weights, state if classes is None else _with_fitting_head(state, vit))
     vit.eval().requires_grad_(False)
     config = timm.data.resolve_model_data_config(vit)
     config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
@@ -164,13 +171,15 @@ def _require_timm_name(name: str) -> None:
     raise UserError(f"unknown model '{name}'; did you mean {', '.join(near)}?")
 
 
-def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | None) -> Path | None:
+def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | None, to_train: bool) -> Path | None:
     """The local file to load, or None where timm is to fetch the weights."""
     if model_path is None:
         if named is None or named.dataset == "imagenet":
             return None
         if named.weights is not None:
             return named.weights
+        if to_train:
+            return None
         raise UserError(
             f"the weights of {name} are on no hub; give them with --model_path (a folder with {name}.pth), "
             "or make them with scripts/train_teacher.py"
@@ -197,18 +206,26 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Weights only" in str(error):
             reason = "it holds Python objects besides tensors, which could run code; save a plain state_dict instead"
+        elif isinstance(error, (AttributeError, TypeError)):
+            reason = "it holds no plain state_dict"
         raise UserError(f"cannot read weights from {path}: {reason}") from None
     return state
 
 
 def _create(
-    name: str, named: NamedModel | None, state: dict[str, Tensor] | None, pretrained: bool
+    name: str,
+    named: NamedModel | None,
+    state: dict[str, Tensor] | None,
+    pretrained: bool,
+    classes: int | None,
 ) -> VisionTransformer:
     args = {}
     if named is not None:
         args = {"num_classes": named.classes, **(named.model_args or {})}
     elif state is not None and "head.weight" in state:
         args = {"num_classes": state["head.weight"].shape[0]}
+    if classes is not None:
+        args["num_classes"] = classes
     if name.startswith("local-dir:") and not (Path(name.removeprefix("local-dir:")) / "config.json").is_file():
         raise UserError(f"{name}: there is no config.json in that folder")
     try:
@@ -221,6 +238,13 @@ def _create(
         raise UserError(f"cannot load {name} ({reason}){where}") from None
 
 
+def _with_fitting_head(state: dict[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
+    """`state`, with the fresh classifier of `vit` where it has none or one for another number of classes."""
+    fresh = {key: value for key, value in vit.state_dict().items() if key.startswith("head")}
+    fits = all(key in state and state[key].shape == value.shape for key, value in fresh.items())
+    return state if fits else {**state, **fresh}
+
+
 def _load_weights(vit: VisionTransformer, name: str, path: Path, state: dict[str, Tensor]) -> None:
     head = state.get("head.weight")
     if head is not None and head.shape[0] != vit.num_classes:
@@ -229,7 +253,7 @@ def _load_weights(vit: VisionTransformer, name: str, path: Path, state: dict[str
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differ = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or extra or differ:
-        found = [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {extra[0]}"] * bool(extra)
-        found += [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in sorted(differ)[:1]]
+        found = [f"missing {key}" for key in missing[:1]] + [f"unexpected {key}" for key in extra[:1]]
+        found += [f"{key}: {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in sorted(differ)[:1]]
         raise UserError(f"the weights in {path} do not fit {name}: {'; '.join(found)}")
     vit.load_state_dict(state)

@@ -170,10 +170,10 @@ def print_table(summary: list[dict], seeds: int) -> None:
     """Kinds of images down, widths across."""
     widths = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in summary if row["calibration"] != "none"))
     by_cell = {(row["calibration"], row["w_bit"], row["a_bit"]): row for row in summary}
-    full = by_cell["none", 32, 32]
+    full = by_cell[("none", 32, 32)]
     lines = []
     for calibration in dict.fromkeys(row["calibration"] for row in summary if row["calibration"] != "none"):
-        cells = [by_cell[calibration, *width] for width in widths]
+        cells = [by_cell[(calibration, *width)] for width in widths]
         accuracies = [
             f"{cell['top1']:.2f}" + ("" if cell["top1_std"] is None else f" ± {cell['top1_std']:.2f}") for cell in cells
         ]

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import NoReturn
 
 from utils.errors import UserError
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags whose help says in words what leaving them out means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes `--some_flag` and `--some-flag` alike and reports errors as `UserError`."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
-        import sys
-
         spelling = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         tokens = []
         for token in sys.argv[1:] if args is None else args:

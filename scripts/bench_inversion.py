@@ -1,0 +1,323 @@
+#!/usr/bin/env python3
+"""Time one iteration of the inversion engine, dense and at every stage, against a straightforward implementation.
+
+Both run in this one process, alternating, on the same model, images and device; every figure is a median.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from inversion import InversionConfig, Inverter
+from inversion.arguments import add_inversion_arguments, inversion_config
+from inversion.canvas import Jitter, PatchCanvas, draw_jitters
+from inversion.schedule import Stage
+from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
+from utils.cli import Parser, positive
+from utils.device import device_name, pick_device, pick_dtype, versions
+from utils.errors import run_main
+from utils.files import writable_folder, write_json
+from utils.report import table
+
+
+class Reference:
+    """One iteration in plain code: everything that a first implementation does, and nothing to make it fast.
+
+    Stock timm model in float32 with weights that require gradients; attention matrices of all blocks formed and kept;
+    patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`.
+    """
+
+    def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device, positions: torch.Tensor):
+        self.vit = copy.deepcopy(model.vit).to(device).requires_grad_(True)
+        self.attention: list[torch.Tensor] = []
+        for block in self.vit.blocks:
+            block.attn.fused_attn = False
+            block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
+        self.config, self.positions = config, positions
+        size = (config.batch_size, *model.preprocessing.input_size)
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(size, generator=generator).to(device).requires_grad_(True)
+        self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
+        self.optimizer = torch.optim.Adam([self.images], lr=config.lr, betas=(0.5, 0.99))
+        self.low, self.high = (model.preprocessing.normalize(torch.full((3, 1, 1), v)).to(device) for v in (0.0, 1.0))
+        self.dense = positions.shape[1] == model.vit.patch_embed.num_patches
+
+    def step(self, jitter: Jitter) -> float:
+        """Forward, backward, update."""
+        self.attention.clear()
+        rolled = torch.roll(self.images, (jitter.dy, jitter.dx), dims=(2, 3))
+        rolled = rolled.flip(3) if jitter.flip else rolled
+        tokens = self.vit._pos_embed(self.vit.patch_embed(rolled))
+        if not self.dense:
+            prefix = self.vit.num_prefix_tokens
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+            tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, self.positions]], dim=1)
+        logits = self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
+        loss = F.cross_entropy(logits, self.labels) + self.config.weights["tv2"] * self._tv()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.images.data = torch.maximum(torch.minimum(self.images.data, self.high), self.low)
+        return loss.item()
+
+    def _tv(self) -> torch.Tensor:
+        x = self.images
+        right, down = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+        diagonal, other = x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:]
+        return right.norm() + down.norm() + diagonal.norm() + other.norm()
+
+
+class Engine:
+    """One iteration of the engine at a stage, as `Inverter.invert` runs it."""
+
+    def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device, positions: torch.Tensor):
+        self.inverter = Inverter(model, config, device)
+        grid = self.inverter.vit.grid
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(config.batch_size, *model.preprocessing.input_size, generator=generator).to(device)
+        rows = torch.arange(config.batch_size, device=device)[:, None]
+        self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions)
+        self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
+        self.optimizer = self.inverter._adam(self.canvas)
+
+    def step(self, jitter: Jitter) -> torch.Tensor:
+        """Forward, backward, update."""
+        return self.inverter._step(self.canvas, self.optimizer, self.labels, jitter)
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="NAME", help="as for test_quant.py")
+    add("--model_path", metavar="PATH", help="as for test_quant.py")
+    add("--random_weights", action="store_true", help="do not load weights: time does not depend on them")
+    add("--batch", type=positive, default=32, help="images per batch")
+    add("--repeats", type=positive, default=5, help="timed iterations of each, after one to warm up")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--gpu", type=int, default=0, help="number of the CUDA GPU")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of the engine")
+    add("--output", default="./runs/bench", metavar="DIR", help="where the JSON goes")
+    add_inversion_arguments(parser)
+    parser.set_defaults(prune_it=[50, 100, 200, 300], prune_ratio=[0.3] * 4, seed=0)
+    return parser
+
+
+def random_positions(grid: PatchGrid, batch: int, kept: int, device: torch.device) -> torch.Tensor:
+    """`kept` different positions for each image, ascending."""
+    generator = torch.Generator().manual_seed(kept)
+    drawn = [torch.randperm(grid.count, generator=generator)[:kept].sort().values for _ in range(batch)]
+    return torch.stack(drawn).to(device)
+
+
+def timed(step: Callable[[Jitter], object], jitter: Jitter, device: torch.device) -> float:
+    """Seconds of one iteration."""
+    _synchronize(device)
+    start = time.perf_counter()
+    step(jitter)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a large square matrix product: the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [timed(lambda _: a @ b, None, device) for _ in range(6)]
+    return 2 * size**3 / min(seconds[1:])
+
+
+class PeakMemory:
+    """Most memory that was in use since `start`, above what was in use then: GPU allocations, or resident pages."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        """Forget earlier peaks."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.base = torch.cuda.memory_allocated(self.device)
+        else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.base = self._status("VmRSS")
+
+    def bytes(self) -> int:
+        """The peak since `start`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.base
+        return self._status("VmHWM") - self.base
+
+    @staticmethod
+    def _status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+@dataclass
+class Row:
+    """One contender at one stage."""
+
+    name: str
+    stage_patches: int
+    make: Callable[[], Reference | Engine]
+    peak_flops: float
+    seconds: list[float] = field(default_factory=list)
+    flops: int = 0
+    memory: int = 0
+
+    def measure_once(self, device: torch.device) -> None:
+        """Peak memory of two iterations, weights included, and the operations of one, by torch's own counter."""
+        jitter, peak = Jitter(3, -2, False), PeakMemory(device)
+        peak.start()
+        contender = self.make()
+        contender.step(jitter)
+        contender.step(jitter)
+        self.memory = peak.bytes()
+        with FlopCounterMode(display=False) as counter:
+            contender.step(jitter)
+        self.flops = counter.get_total_flops()
+
+    def result(self, batch: int) -> dict:
+        """The row as the JSON holds it."""
+        median = statistics.median(self.seconds)
+        return {
+            "name": self.name,
+            "stage_patches": self.stage_patches,
+            "seconds_per_iteration": median,
+            "seconds_min": min(self.seconds),
+            "seconds_max": max(self.seconds),
+            "image_iterations_per_second": batch / median,
+            "peak_memory_bytes": self.memory,
+            "flops": self.flops,
+            "flops_per_second": self.flops / median,
+            "share_of_peak": self.flops / median / self.peak_flops,
+        }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Time everything, print a table, write JSON."""
+    args = parser().parse_args(argv)
+    device = pick_device(args.device, args.gpu)
+    dtype = pick_dtype(args.dtype, device)
+    output = writable_folder(args.output, "--output")
+    model = load_model(args.model, args.model_path, random_weights=args.random_weights)
+    config = inversion_config(args, args.batch, dtype)
+    grid = SparseViT(model.vit).grid
+    stages = config.strategy().stages(config.iterations, grid.count)
+    size = 4096 if device.type == "cpu" else 8192
+    peaks = {name: matmul_peak(device, getattr(torch, name), size) for name in {"float32", dtype}}
+    rows = make_rows(model, config, device, stages, peaks)
+    for row in rows:
+        row.measure_once(device)
+    jitters = draw_jitters(args.repeats + 1, grid, torch.Generator().manual_seed(0))
+    for stage in stages:
+        contenders = [(row, row.make()) for row in rows if row.stage_patches == stage.patches]
+        for number, jitter in enumerate(jitters):
+            for row, contender in contenders:
+                seconds = timed(contender.step, jitter, device)
+                if number:  # the first warms up
+                    row.seconds.append(seconds)
+        del contenders
+    report = {
+        "model": args.model,
+        "batch": args.batch,
+        "device": device_name(device),
+        "dtype": dtype,
+        "repeats": args.repeats,
+        "schedule": [[stage.start, stage.stop, stage.patches] for stage in stages],
+        "matmul_peak_flops": peaks,
+        "rows": [row.result(args.batch) for row in rows],
+        "schedule_seconds": {name: schedule_seconds(rows, name, stages) for name in ("reference", "engine")},
+        "speedup": speedups(rows, stages),
+        "versions": versions(),
+    }
+    file = output / f"{args.model.rstrip('/').split('/')[-1]}-b{args.batch}-{device.type}.json"
+    write_json(file, report)
+    print_report(report, file)
+    return report
+
+
+def make_rows(
+    model: LoadedModel, config: InversionConfig, device: torch.device, stages: tuple[Stage, ...], peaks: dict
+) -> list[Row]:
+    """Reference and engine at every stage."""
+    grid = SparseViT(model.vit).grid
+    rows = []
+    for stage in stages:
+        positions = random_positions(grid, config.batch_size, stage.patches, device)
+        for name, kind, dtype in (("reference", Reference, "float32"), ("engine", Engine, config.dtype)):
+            rows.append(Row(name, stage.patches, partial(kind, model, config, device, positions), peaks[dtype]))
+    return rows
+
+
+def seconds_of(rows: list[Row], name: str, patches: int) -> float:
+    """Median seconds of an iteration."""
+    return next(statistics.median(r.seconds) for r in rows if (r.name, r.stage_patches) == (name, patches))
+
+
+def schedule_seconds(rows: list[Row], name: str, stages: tuple[Stage, ...]) -> float:
+    """A whole schedule, summed from its stages."""
+    return sum(stage.iterations * seconds_of(rows, name, stage.patches) for stage in stages)
+
+
+def speedups(rows: list[Row], stages: tuple[Stage, ...]) -> dict[str, float]:
+    """The engine against the reference: dense, in the last stage, and its schedule against the dense reference."""
+    dense, final, iterations = stages[0].patches, stages[-1].patches, stages[-1].stop
+    reference_run = iterations * seconds_of(rows, "reference", dense)
+    return {
+        "dense": seconds_of(rows, "reference", dense) / seconds_of(rows, "engine", dense),
+        "final_stage": seconds_of(rows, "reference", final) / seconds_of(rows, "engine", final),
+        "schedule_vs_reference_dense": reference_run / schedule_seconds(rows, "engine", stages),
+        "schedule_vs_engine_dense": iterations
+        * seconds_of(rows, "engine", dense)
+        / schedule_seconds(rows, "engine", stages),
+    }
+
+
+def print_report(report: dict, file: Path) -> None:
+    """The table and the ratios."""
+    print(f"{report['model']}, {report['batch']} images, {report['device']}, engine in {report['dtype']}")
+    lines = [
+        [
+            row["name"],
+            row["stage_patches"],
+            f"{row['seconds_per_iteration']:.4f}",
+            f"{row['image_iterations_per_second']:.0f}",
+            f"{row['flops_per_second'] / 1e12:.3f}",
+            f"{100 * row['share_of_peak']:.0f}",
+            f"{row['peak_memory_bytes'] / 2**20:.0f}",
+        ]
+        for row in report["rows"]
+    ]
+    print(table(["", "patches", "s/iteration", "images x it/s", "TFLOP/s", "% of peak", "peak MiB"], lines))
+    for name, seconds in report["schedule_seconds"].items():
+        print(f"whole schedule, {name}: {seconds:.0f} s")
+    print("speed-up: " + ", ".join(f"{name} {value:.2f}x" for name, value in report["speedup"].items()))
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    run_main(main)

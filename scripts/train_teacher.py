@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""Train or fine-tune a teacher: any Vision Transformer of the registry, on digits, CIFAR or an image folder.
+
+The result is a folder in timm's `local-dir` format, so `--model local-dir:OUTPUT` takes it everywhere:
+
+    python scripts/train_teacher.py --init scratch --epochs 100 --output runs/digits
+    python scripts/train_teacher.py --model deit_tiny_16_cifar10 --dataset DIR --output runs/cifar10
+
+A run that was stopped goes on from its last finished epoch when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from models import load_model
+from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
+from utils.cli import Parser, natural, positive
+from utils.data import limited, load_split, loader
+from utils.device import pick_device, pick_dtype, seed_all, versions
+from utils.errors import UserError, run_main
+from utils.files import atomic, writable_folder, write_json
+
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+CHECKPOINT = "checkpoint.pt"
+EVAL_BATCH_SIZE = 200
+
+# Flags that say where and how fast, not what: a run may go on with others.
+NOT_CONFIGURATION = ("output", "device", "num_workers")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, defaults filled in. Raises `UserError` where flags contradict each other."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
+    add("--model_path", metavar="PATH", help="weights to start from, a file or a folder; default the model's own")
+    add("--init", choices=("pretrained", "scratch"), default="pretrained", help="start from trained or random weights")
+    add("--dataset", metavar="DIR", help="folder with the data, for torchvision's CIFAR its root; the digits need none")
+    add("--data", choices=(*CLASSES, "folder"), help="kind of data; default what the model's name tells, else folder")
+    add("--epochs", type=positive, default=100, help="passes over the training images")
+    add("--batch_size", type=positive, default=64, help="images per step")
+    add("--lr", type=rate, help="peak learning rate of AdamW; default 1e-3 from scratch, else 1e-4")
+    add("--head_lr", type=rate, metavar="LR", help="peak learning rate of the classifier head; default --lr")
+    add("--weight_decay", type=share, default=0.05, help="AdamW's weight decay, times the learning rate, of matrices")
+    add("--label_smoothing", type=share, default=0.1, help="share of the label's weight spread over all classes")
+    add("--warmup_epochs", type=natural, metavar="N", help="epochs of rising learning rate; default --epochs / 20")
+    add("--crop_padding", type=natural, metavar="N", help="pixels of reflection round a random crop; default size / 16")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; default all data but digits")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of matrix products")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
+    add("--num_workers", type=natural, default=4, help="processes that load images")
+    add("--output", metavar="DIR", required=True, help="folder for checkpoint, trained model and training.json")
+    add("--val_limit", type=positive, metavar="N", help="evaluate on N images only; default all")
+    args = parser.parse_args(argv)
+    if args.init == "scratch" and args.model_path is not None:
+        raise UserError("--init scratch starts from random weights; leave out --model_path")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs // 20
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    args.lr = args.lr or (1e-3 if args.init == "scratch" else 1e-4)
+    args.data = args.data or implied_data(args.model, args.dataset)
+    if args.data == "digits" and args.dataset is not None:
+        raise UserError("--data digits is bundled; leave out --dataset")
+    if args.flip is None:
+        args.flip = args.data != "digits"
+    return args
+
+
+def rate(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def share(text: str) -> float:
+    """argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def implied_data(model: str, dataset: str | None) -> str:
+    """The kind of data that a named model is for; `folder` where the name does not tell."""
+    named = NAMED_MODELS.get(model)
+    if named is None or named.dataset not in CLASSES or (named.dataset == "digits" and dataset is not None):
+        return "folder"
+    return named.dataset
+
+
+def count_classes(data: str, dataset: str | None) -> int:
+    """How many classes the data has. Raises `UserError` where it is not told or not there."""
+    if dataset is None and data != "digits":
+        what = "an image folder with train/ and val/ or test/" if data == "folder" else f"the root of {data}"
+        raise UserError(f"--dataset DIR is missing: {what}")
+    if data in CLASSES:
+        return CLASSES[data]
+    train = Path(dataset).expanduser() / "train"
+    count = sum(entry.is_dir() for entry in train.iterdir()) if train.is_dir() else 0
+    if count < 2:
+        raise UserError(
+            f"--dataset {dataset} needs a train/ folder with a folder of images for each of 2 or more classes"
+        )
+    return count
+
+
+def train_transform(preprocessing: Preprocessing, data: str, crop_padding: int | None, flip: bool) -> v2.Compose:
+    """PIL image -> normalized tensor: the evaluation transform, its centre crop replaced by random changes."""
+    resize, _, *to_normalized = preprocessing.eval_transform().transforms
+    size = preprocessing.input_size[1:]
+    padding = min(size) // 16 if crop_padding is None else crop_padding
+    steps = [resize]
+    if data == "digits":
+        # Black, the fill, is the digits' background. A 6 must not turn into a 9.
+        steps.append(v2.RandomAffine(12, (0.06, 0.06), (0.88, 1.12), interpolation=v2.InterpolationMode.BILINEAR))
+    steps.append(v2.RandomCrop(size, padding, pad_if_needed=True, padding_mode="reflect"))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, *to_normalized])
+
+
+def load_data(
+    args: argparse.Namespace, preprocessing: Preprocessing, classes: int
+) -> tuple[DataLoader, DataLoader, list[str]]:
+    """Loaders of the shuffled, augmented training images and of the test images, and the names of the classes."""
+    kind = None if args.data == "folder" else args.data
+    augment = train_transform(preprocessing, args.data, args.crop_padding, args.flip)
+    train = load_split("train", kind, args.dataset, augment, classes)
+    test = load_split("test", kind, args.dataset, preprocessing.eval_transform(), classes)
+    if list(train.classes) != list(test.classes):
+        raise UserError(f"--dataset {args.dataset}: the folders of its training and test classes differ in name")
+    plain = loader(train, args.batch_size, args.num_workers)
+    shuffled = DataLoader(
+        train, args.batch_size, shuffle=True, num_workers=plain.num_workers, pin_memory=plain.pin_memory
+    )
+    return shuffled, loader(limited(test, args.val_limit), EVAL_BATCH_SIZE, args.num_workers), list(train.classes)
+
+
+def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: the head at its own rate; no decay of biases, norms, tokens and position embeddings."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    spared = vit.no_weight_decay()
+    for name, parameter in vit.named_parameters():
+        decay = 0.0 if parameter.ndim < 2 or name in spared else weight_decay
+        groups.setdefault((head_lr if name.startswith("head") else lr, decay), []).append(parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+
+
+class Trainer:
+    """A model in training: AdamW under a cosine schedule with warm-up, stepped once per batch."""
+
+    def __init__(self, vit: VisionTransformer, train: DataLoader, args: argparse.Namespace) -> None:
+        self.device = pick_device(args.device)
+        self.dtype = getattr(torch, pick_dtype(args.dtype, self.device))
+        self.vit = vit.requires_grad_(True).to(self.device)
+        self.train = train
+        self.loss = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        groups = parameter_groups(vit, args.lr, args.head_lr or args.lr, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=args.epochs * len(train),
+            warmup_t=args.warmup_epochs * len(train),
+            t_in_epochs=False,
+        )
+        self.history: list[dict[str, float]] = []
+        """Loss, top-1 and seconds of each finished epoch."""
+
+    def run_epoch(self, test: DataLoader) -> None:
+        """Train on every image once, evaluate, and add a line to the history."""
+        start = time.perf_counter()
+        loss = self._train_epoch()
+        top1 = self.evaluate(test)
+        self.history.append({"loss": round(loss, 4), "top1": top1, "seconds": round(time.perf_counter() - start, 1)})
+
+    def _train_epoch(self) -> float:
+        """One pass over the training images; the mean loss of an image. Raises `UserError` where it diverges."""
+        self.vit.train()
+        epoch, total, seen = len(self.history), 0.0, 0
+        bar = tqdm(self.train, f"epoch {epoch + 1}", leave=False, dynamic_ncols=True)
+        for step, (images, labels) in enumerate(bar, start=1 + epoch * len(self.train)):
+            loss = self.loss(self._logits(images), labels.to(self.device, non_blocking=True))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step_update(step)
+            total += loss.item() * len(labels)
+            seen += len(labels)
+            if not math.isfinite(total):
+                raise UserError(f"the loss became {loss.item()} in epoch {epoch + 1}; lower --lr, in a new --output")
+            bar.set_postfix(loss=f"{total / seen:.3f}", refresh=False)
+        return total / seen
+
+    @torch.inference_mode()
+    def evaluate(self, test: DataLoader) -> float:
+        """Top-1 accuracy in percent."""
+        self.vit.eval()
+        correct = sum((self._logits(images).argmax(1).cpu() == labels).sum().item() for images, labels in test)
+        return round(100 * correct / len(test.dataset), 2)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.vit(images.to(self.device, non_blocking=True)).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next epoch depends on."""
+        return {
+            "model": self.vit.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.vit.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = state["history"]
+        torch.set_rng_state(state["random"])
+        if len(state["cuda_random"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_random"])
+
+
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes two runs the same."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_CONFIGURATION}
+
+
+def read_checkpoint(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The last finished epoch of the run in `folder`, None where there is none yet.
+
+    Raises:
+        UserError: the folder holds a run with other flags, a damaged checkpoint, or a model but no checkpoint.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        if (folder / "model.safetensors").exists():
+            raise UserError(f"--output {folder} holds a model that this command did not make; give another folder")
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found, state = checkpoint["config"], checkpoint["state"]
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise UserError(f"cannot read {path} ({type(error).__name__}); give another --output or remove it") from None
+    for key in config | found:
+        if config.get(key) != found.get(key):
+            raise UserError(
+                f"--output {folder} holds a run with --{key} {found.get(key)}, not {config.get(key)}; "
+                "give another folder, or the same flags to go on with it"
+            )
+    return state
+
+
+def save_model(vit: VisionTransformer, labels: list[str], args: argparse.Namespace, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
+    if args.init == "scratch":  # nothing is left of the weights that this licence is for
+        vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
+    names = {"label_names": labels}
+    model_config = {**names, "pretrained_cfg": {**names, "tag": args.data}}
+    save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, evaluate after each epoch, save."""
+    args = parse_arguments(argv)
+    classes = count_classes(args.data, args.dataset)
+    config = configuration(args)
+    folder = writable_folder(args.output, "--output")
+    state = read_checkpoint(folder, config)
+    seed_all(args.seed)
+    loaded = load_model(args.model, args.model_path, random_weights=args.init == "scratch", classes=classes)
+    train, test, labels = load_data(args, loaded.preprocessing, classes)
+    trainer = Trainer(loaded.vit, train, args)
+    if state is not None:
+        trainer.load_state_dict(state)
+        print(f"going on after epoch {len(trainer.history)} of {args.epochs}")
+    while len(trainer.history) < args.epochs:
+        trainer.run_epoch(test)
+        with atomic(folder / CHECKPOINT) as partial:
+            torch.save({"config": config, "state": trainer.state_dict()}, partial)
+        last = trainer.history[-1]
+        print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
+    save_model(trainer.vit, labels, args, folder)
+    result = {"top1": trainer.history[-1]["top1"], "test_images": len(test.dataset), "train_images": len(train.dataset)}
+    write_json(folder / "training.json", {**result, "arguments": config, "epochs": trainer.history, **versions()})
+    print(f"top-1 {result['top1']:.2f}% on {result['test_images']} test images; saved in {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

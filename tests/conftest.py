@@ -1,0 +1,57 @@
+"""Small real models and data that the tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from models import LoadedModel
+from models.registry import Preprocessing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def randomize(vit: nn.Module) -> nn.Module:
+    """Give biases, norms, layer scales and tokens values that matter, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            if parameter.ndim < 2:
+                parameter.copy_(torch.empty_like(parameter).normal_(0.5, 0.2, generator=generator))
+            elif "token" in name or "pos_embed" in name:
+                parameter.copy_(torch.empty_like(parameter).normal_(0, 1, generator=generator))
+    return vit.eval()
+
+
+def tiny_vit(**kwargs) -> nn.Module:
+    """A two-block DeiT on 32x32 images, 16 patches, 5 classes."""
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5} | kwargs
+    return randomize(timm.create_model("deit_tiny_patch16_224", **args))
+
+
+def tiny_model(**kwargs) -> LoadedModel:
+    """`tiny_vit` as the registry would give it, weights frozen or not as they come."""
+    vit = tiny_vit(**kwargs)
+    size = (3, *vit.patch_embed.img_size)
+    preprocessing = Preprocessing(size, (0.48, 0.45, 0.41), (0.23, 0.22, 0.21), "bicubic", 1.0, "center")
+    return LoadedModel("tiny", vit, preprocessing, None)
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    return tiny_model()
+
+
+def run_script(*args: object, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would, on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,183 @@
+"""The scripts as a user runs them: reports, pictures, and one clear line for every wrong input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import test_quant
+from models import DEFAULT_MODEL
+from tests.conftest import ROOT, run_script
+from utils.cli import Parser
+from utils.errors import UserError
+
+QUICK = ["--iterations", "30", "--prune_it", "5", "10", "--prune_ratio", "0.3", "0.3", "--calib-batchsize", "4"]
+
+
+@pytest.fixture
+def quick(tmp_path) -> list[str]:
+    """Flags of a run that takes a second or two."""
+    return [*QUICK, "--val_limit", "40", "--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_quantization_end_to_end_on_the_bundled_model(tmp_path, quick, mode):
+    test_quant.main([*quick, "--mode", str(mode), "--w_bit", "4"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["task"], report["model"], report["mode"]) == ("quant", DEFAULT_MODEL, mode)
+    assert (report["w_bit"], report["a_bit"], report["seed"]) == (4, 8, 0)
+    assert report["fp"]["top1"] >= 90
+    assert report["quant"]["top1"] >= 80
+    assert report["quant"]["top5"] >= report["quant"]["top1"]
+    assert {"device", "dtype", "versions"} <= report.keys()
+    inversion = report["inversion"]
+    assert inversion.keys() >= {"strategy", "images", "iterations", "seconds", "flops", "peak_memory_bytes"}
+    if mode == 0:
+        assert (inversion["strategy"], inversion["images"], inversion["iterations"]) == ("smi", 4, 30)
+        assert inversion["patches_per_stage"] == [64, 44, 30]
+        assert inversion["seconds"] > 0
+        assert Image.open(tmp_path / "out" / "loss.png").size[0] > 300
+    else:
+        assert not (tmp_path / "pool").exists()
+    assert Image.open(tmp_path / "out" / "images.png").size[0] > 300
+
+
+def test_a_second_run_takes_the_pool_as_it_is_and_reports_what_it_cost(tmp_path, quick):
+    first = test_quant.main(quick)
+    again = test_quant.main(quick)
+    assert again["inversion"]["seconds"] == first["inversion"]["seconds"]
+    assert again["quant"] == first["quant"]
+    assert len((tmp_path / "out" / "synthesis.jsonl").read_text().splitlines()) == 1
+
+
+def test_seconds_are_unknown_where_another_run_made_the_images(tmp_path, quick):
+    test_quant.main(quick)
+    assert test_quant.main([*quick, "--output", str(tmp_path / "elsewhere")])["inversion"]["seconds"] is None
+
+
+def test_dense_is_minus_one_and_zero(quick):
+    report = test_quant.main([*quick, "--prune_it", "-1", "--prune_ratio", "0"])
+    assert report["inversion"]["strategy"] == "dense"
+    assert report["inversion"]["patches_per_stage"] == [64]
+
+
+def test_more_images_than_a_batch(quick):
+    report = test_quant.main([*quick, "--num_images", "6"])
+    assert (report["calibration_images"], report["inversion"]["images"]) == (6, 6)
+
+
+def test_dashes_and_underscores_are_the_same():
+    parser = test_quant.parser()
+    args = parser.parse_args(["--w-bit", "4", "--calib_batchsize=7", "--val-limit", "3", "--prune-it", "-1"])
+    assert (args.w_bit, args.calib_batchsize, args.val_limit, args.prune_it) == (4, 7, 3, [-1])
+
+
+def test_defaults_are_the_published_ones():
+    args = test_quant.parser().parse_args([])
+    assert (args.w_bit, args.a_bit, args.mode, args.seed, args.gpu) == (8, 8, 0, 0, 0)
+    assert (args.calib_batchsize, args.val_batchsize, args.num_workers) == (32, 200, 4)
+    assert (args.iterations, args.lr_g, args.prune_it, args.prune_ratio) == (4000, 0.25, [-1], [0])
+    assert (args.oh, args.tv1, args.tv2, args.l2, args.bn, args.adv) == (1, 0, 1e-4, 0, 0, 0)
+    assert args.datapool == "./datapool"
+
+
+@pytest.mark.parametrize("script", ["test_quant.py", "scripts/compare.py", "scripts/train_teacher.py"])
+def test_help_explains_every_flag(script):
+    result = run_script(script, "--help")
+    assert result.returncode == 0
+    assert "--seed" in result.stdout
+    assert result.stderr == ""
+
+
+def wrong(flags: list[str], *expected: str):
+    return pytest.param(flags, expected, id=" ".join(flags)[:60])
+
+
+WRONG = [
+    wrong(["--prune_it", "5", "10", "--prune_ratio", "0.3"], "2 entries", "1"),
+    wrong(["--prune_it", "10", "5", "--prune_ratio", "0.3", "0.3"], "rise"),
+    wrong(["--prune_it", "5", "5", "--prune_ratio", "0.3", "0.3"], "rise"),
+    wrong(["--prune_it", "30", "--prune_ratio", "0.3"], "past the last"),
+    wrong(["--prune_it", "5", "--prune_ratio", "1.0"], "[0, 1)"),
+    wrong(["--prune_it", "5", "10", "--prune_ratio", "0.98", "0.5"], "leaves none"),
+    wrong(["--w_bit", "1"], "--w_bit 1"),
+    wrong(["--a_bit", "9"], "--a_bit 9"),
+    wrong(["--model", "deit_tinny_16_imagenet"], "deit_tiny_16_imagenet"),
+    wrong(["--model", "deit_tiny_16_cifar10", "--model_path", "/nowhere.pth"], "/nowhere.pth"),
+    wrong(["--dataset", "/nowhere"], "/nowhere"),
+    wrong(["--device", "cuda"], "--device cuda"),
+    wrong(["--mode", "3"], "--mode"),
+    wrong(["--bn", "1"], "--bn"),
+    wrong(["--adv", "1"], "--adv"),
+    wrong(["--seed", "-1"], "--seed"),
+    wrong(["--iterations", "many"], "--iterations"),
+    wrong(["--no-such-flag"], "--no-such-flag"),
+    wrong(["--lr_g", "1e30", "--oh", "1e38", "--dtype", "float32"], "loss is", "--lr_g"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), WRONG)
+def test_wrong_input_is_one_clear_error_and_leaves_nothing(tmp_path, quick, flags, expected):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError) as error:
+        test_quant.main([*quick, *flags])
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in expected), message
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    result = run_script("test_quant.py", "--w_bit", "1", "--output", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --w_bit 1")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_damaged_image_in_a_data_set_is_one_line_from_worker_processes_too(tmp_path):
+    for digit in range(10):
+        folder = tmp_path / "data" / "val" / str(digit)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (tmp_path / "data" / "val" / "3" / "a.png").write_bytes(b"\x89PNG")
+    flags = ["--mode", "1", "--dataset", tmp_path / "data", "--output", tmp_path / "out"]
+    result = run_script("test_quant.py", *flags)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: cannot read the image")
+    assert "3/a.png" in last
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, quick):
+    (tmp_path / "file").write_text("")
+    for flag in ("--output", "--datapool"):
+        with pytest.raises(UserError, match=f"{flag}.*cannot be written"):
+            test_quant.main([*quick, flag, str(tmp_path / "file" / "sub")])
+
+
+def test_compare_keeps_finished_cells(tmp_path, capsys):
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import compare
+
+    flags = [*QUICK, "--bits", "8/8", "4/4", "--calibrations", "gaussian", "smi", "--seeds", "0", "1", "--val_limit"]
+    flags += ["40", "--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
+    summary = compare.main(flags)
+    rows = (tmp_path / "out" / "rows.jsonl").read_text()
+    assert len(rows.splitlines()) == 1 + 2 * 2 * 2
+    cells = {(row["calibration"], row["w_bit"], row["a_bit"]) for row in summary}
+    assert cells == {("none", 32, 32), ("gaussian", 8, 8), ("gaussian", 4, 4), ("smi", 8, 8), ("smi", 4, 4)}
+    assert all(row.keys() >= {"top1", "seconds"} for row in summary)
+    assert compare.main(flags) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
+    assert "W4/A4" in capsys.readouterr().out
+
+
+def test_parser_errors_are_user_errors():
+    with pytest.raises(UserError, match="unrecognized"):
+        Parser("x").parse_args(["--y"])

@@ -1,0 +1,117 @@
+"""Data sets: layouts, splits, and what is wrong with a path."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from utils.data import Digits, limited, load_split, loader, random_subset
+from utils.errors import UserError
+
+
+def image_folder(root, splits=("train", "val"), classes=("cat", "dog", "emu"), per_class=2):
+    for split in splits:
+        for shade, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                Image.new("RGB", (9, 7), (shade * 10, number, 0)).save(folder / f"{number}.JPEG", format="PNG")
+    return root
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "test"), ("val",), ("",)])
+def test_image_folders_number_classes_in_sorted_order(tmp_path, splits):
+    dataset = load_split("test", None, image_folder(tmp_path, splits), pil_to_tensor, classes=3)
+    assert [label for _, label in dataset] == [0, 0, 1, 1, 2, 2]
+    assert [int(image[0, 0, 0]) for image, _ in dataset] == [0, 0, 10, 10, 20, 20]
+
+
+def test_train_split_is_found_beside_the_test_split(tmp_path):
+    image_folder(tmp_path, ("train",), per_class=5)
+    image_folder(tmp_path, ("val",), per_class=1)
+    assert len(load_split("train", None, tmp_path, pil_to_tensor, 3)) == 15
+    assert len(load_split("test", None, tmp_path, pil_to_tensor, 3)) == 3
+
+
+def test_imagenet_layout_is_an_image_folder(tmp_path):
+    image_folder(tmp_path, ("val",), ("n01440764", "n01443537"))
+    assert load_split("test", "imagenet", tmp_path, pil_to_tensor, 2).classes == ["n01440764", "n01443537"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)]
+)
+def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, kind, folder, classes):
+    import utils.data
+
+    (tmp_path / folder).mkdir()
+    calls = []
+
+    def fake(root, train, transform, download):
+        calls.append((root, train, download))
+        return type("Cifar", (list,), {"classes": range(classes)})()
+
+    monkeypatch.setitem(utils.data.CIFAR, kind, (fake, folder))
+    load_split("test", kind, tmp_path, pil_to_tensor, classes)
+    load_split("train", kind, tmp_path, pil_to_tensor, classes)
+    assert calls == [(str(tmp_path), False, True), (str(tmp_path), True, True)]
+
+
+def test_digits_are_split_without_overlap_and_stratified():
+    train, test = Digits("train", pil_to_tensor), Digits("test", pil_to_tensor)
+    assert (len(train), len(test)) == (1437, 360)
+    assert min(np.bincount(test.targets)) >= 34
+    image, label = test[0]
+    assert image.shape == (3, 8, 8)
+    assert image.dtype == torch.uint8
+    assert 0 <= label < 10
+    assert train.images.max() == 255
+
+
+@pytest.mark.parametrize(
+    ("split", "layout", "classes", "why"),
+    [
+        ("test", None, 3, "not a folder"),
+        ("test", (), 3, "folder per class"),
+        ("test", ("train",), 3, "no val/ or test/"),
+        ("train", ("val",), 3, "no train/"),
+        ("train", ("",), 3, "no train/"),
+        ("test", ("val",), 10, "3 classes.*10"),
+    ],
+)
+def test_wrong_folders_say_what_is_wrong(tmp_path, split, layout, classes, why):
+    root = tmp_path / "data"
+    if layout is not None:
+        root.mkdir()
+        image_folder(root, layout)
+    with pytest.raises(UserError, match=why):
+        load_split(split, None, root, pil_to_tensor, classes)
+
+
+def test_no_path_and_empty_class_folders_are_errors(tmp_path):
+    with pytest.raises(UserError, match="--dataset"):
+        load_split("test", "cifar10", None, pil_to_tensor, 10)
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="images"):
+        load_split("test", None, tmp_path, pil_to_tensor, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(tmp_path, workers):
+    image_folder(tmp_path)
+    (tmp_path / "val" / "dog" / "1.JPEG").write_bytes(b"\xff\xd8 cut off")
+    dataset = load_split("test", None, tmp_path, pil_to_tensor, 3)
+    with pytest.raises(UserError, match=r"dog/1\.JPEG"):
+        list(loader(dataset, 2, workers))
+
+
+def test_subsets_are_drawn_by_seed():
+    data = Digits("test", pil_to_tensor)
+    assert random_subset(data, 32, 0).indices == random_subset(data, 32, 0).indices
+    assert random_subset(data, 32, 0).indices != random_subset(data, 32, 1).indices
+    assert len(limited(data, 50)) == 50
+    assert limited(data, None) is data
+    assert len({data.targets[i] for i in limited(data, 100).indices}) == 10
+    with pytest.raises(UserError, match="360"):
+        random_subset(data, 361, 0)

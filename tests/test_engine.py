@@ -1,0 +1,203 @@
+"""The inversion engine: that it inverts, and that it does not have the defects of earlier code."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from inversion import InversionConfig, Inverter
+from inversion.canvas import draw_jitters, jittered_positions
+from inversion.engine import batch_generator
+from models import DEFAULT_MODEL, SparseViT, load_model
+from tests.conftest import tiny_model
+from tests.test_canvas import plain_tv
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+SPARSE = {"iterations": 30, "prune_it": (5, 12), "prune_ratio": (0.25, 0.5), "batch_size": 4}
+
+
+def spied_inverter(model, **config) -> tuple[Inverter, list]:
+    """An inverter that keeps a copy of the canvas before and after each step: (kept positions, pixels, pixels)."""
+    inverter = Inverter(model, InversionConfig(**config), CPU)
+    seen, step = [], inverter._step
+
+    def spy(canvas, *args):
+        before = canvas.pixels.detach().clone()
+        loss = step(canvas, *args)
+        seen.append((canvas.positions.clone(), before, canvas.pixels.detach().clone()))
+        return loss
+
+    inverter._step = spy
+    return inverter, seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_inverted_digits_are_classified_as_their_labels(dtype, sparse):
+    model = load_model(DEFAULT_MODEL)
+    schedule = {"prune_it": (20, 40, 60), "prune_ratio": (0.3, 0.3, 0.3)} if sparse else {}
+    batch = Inverter(model, InversionConfig(iterations=120, batch_size=16, dtype=dtype, **schedule), CPU).invert(0)
+    assert batch.images.patches.dtype == torch.float32
+    assert batch.images.positions.shape[1] == (21 if sparse else 64)
+    with torch.no_grad():
+        logits, _ = SparseViT(model.vit)(batch.images.patches, batch.images.positions)
+    assert (logits.argmax(dim=1) == batch.images.labels).float().mean() >= 0.9
+    assert batch.losses[-10:].mean() < 0.3 * batch.losses[:10].mean()
+
+
+def test_labels_are_sorted_and_pixels_valid(model):
+    batch = Inverter(model, InversionConfig(**SPARSE), CPU).invert(3)
+    assert torch.equal(batch.images.labels, batch.images.labels.sort().values)
+    pixels = model.preprocessing.denormalize(batch.images.patches)
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+
+
+def test_patches_left_follow_the_schedule_and_stay_a_subset(model):
+    inverter, seen = spied_inverter(model, **SPARSE)
+    batch = inverter.invert(0)
+    assert [len(positions[0]) for positions, _, _ in seen] == [16] * 5 + [12] * 7 + [6] * 18
+    for (before, _, _), (after, _, _) in itertools.pairwise(seen):
+        assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(after, before, strict=True))
+    assert batch.images.positions.shape == (4, 6)
+
+
+def test_weights_never_get_gradients(model):
+    """Defect: weights kept requires_grad, and every step accumulated gradients nobody used."""
+    model.vit.requires_grad_(True)
+    inverter = Inverter(model, InversionConfig(**SPARSE), CPU)
+    inverter.invert(0)
+    assert not any(p.requires_grad or p.grad is not None for p in inverter.vit.parameters())
+    assert all(p.grad is None for p in model.vit.parameters())
+
+
+def test_work_falls_with_the_patches(model):
+    """Defect: patch embedding, TV, Adam and clamp ran over stopped patches. Every module sees kept patches alone."""
+    inverter, _ = spied_inverter(model, **SPARSE)
+    rows = []
+    inverter.vit.patch_proj.register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].shape[1]))
+    inverter.vit.blocks[0].mlp.register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].shape[1] - 1))
+    optimizers, adam = [], inverter._adam
+    inverter._adam = lambda canvas: optimizers.append(adam(canvas)) or optimizers[-1]
+    inverter.invert(0)
+    assert set(rows) == {16, 12, 6}
+    final = optimizers[-1].param_groups[0]["params"][0]
+    assert final.shape == (4, 6, 3, 8, 8)
+    assert optimizers[-1].state[final]["exp_avg"].shape == final.shape
+    flops = inverter.step_flops()
+    assert flops[0] > flops[1] > flops[2]
+
+
+def test_optimizer_state_goes_on_with_the_kept_patches(model):
+    inverter, _ = spied_inverter(model, **SPARSE)
+    stops, stop = [], inverter._stop_patches
+
+    def spy(canvas, optimizer, keep):
+        state = copy.deepcopy(optimizer.state[canvas.pixels])
+        smaller, reduced = stop(canvas, optimizer, keep)
+        kept_state = copy.deepcopy(reduced.state[smaller.pixels])
+        stops.append(
+            (canvas.positions, canvas.pixels.clone(), state, smaller.positions, smaller.pixels.clone(), kept_state)
+        )
+        return smaller, reduced
+
+    inverter._stop_patches = spy
+    inverter.invert(0)
+    assert len(stops) == 2
+    for before, pixels, state, after, kept_pixels, kept_state in stops:
+        for image in range(4):
+            where = [before[image].tolist().index(position) for position in after[image].tolist()]
+            assert torch.equal(kept_pixels[image], pixels[image, where])
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(kept_state[key][image], state[key][image, where])
+
+
+def test_result_is_the_last_iterate_and_survives_the_next_batch(model):
+    """Defect: the "best image" was an alias of the tensor being optimized."""
+    inverter, seen = spied_inverter(model, **SPARSE)
+    first = inverter.invert(0)
+    kept = first.images.patches.clone()
+    assert torch.equal(kept, seen[-1][2])
+    inverter.invert(1)
+    assert torch.equal(first.images.patches, kept)
+
+
+def test_stored_positions_are_the_patches_that_survived(model):
+    """Defect: the mask was recomputed at the end from a fresh dense pass with a token count that included CLS."""
+    inverter, seen = spied_inverter(model, **SPARSE)
+    images = inverter.invert(0).images
+    assert torch.equal(images.positions, seen[-1][0])
+    assert images.positions.min() >= 0
+    assert images.positions.max() < 16
+
+
+def test_the_patches_with_the_most_cls_attention_go_on(model):
+    inverter, seen = spied_inverter(model, **SPARSE)
+    inverter.invert(0)
+    positions, _, pixels = seen[4]
+    with torch.no_grad():
+        _, attention = inverter.vit(pixels, positions, return_attention=True)
+    top = attention.topk(12, dim=1).indices.sort(dim=1).values
+    assert torch.equal(seen[5][0], positions.gather(1, top))
+
+
+def test_sparse_step_is_plain_inversion_of_the_zero_filled_image(model):
+    """One step of the engine against roll, flip, gather and autograd on full images in plain code."""
+    weights = {"oh": 1.0, "tv1": 0.3, "tv2": 0.01, "l2": 0.01}
+    inverter, seen = spied_inverter(model, **{**SPARSE, "weights": weights})
+    batch = inverter.invert(0)
+    # The same random numbers, drawn in the engine's order: labels, noise, jitter.
+    generator = batch_generator(0, 0)
+    labels = torch.randint(5, (4,), generator=generator).sort().values
+    torch.randn(4, 3, 32, 32, generator=generator)
+    jitters = draw_jitters(30, inverter.vit.grid, generator)
+    rows = torch.arange(4)[:, None]
+    for iteration in (0, 7, 20):
+        positions, before, _ = seen[iteration]
+        jitter = jitters[iteration]
+        leaf = before.requires_grad_()
+        canvas = type("Canvas", (), {"grid": inverter.vit.grid, "positions": positions})
+        image = inverter.vit.grid.unpatchify(leaf, positions).roll((jitter.dy, jitter.dx), dims=(-2, -1))
+        image = image.flip(-1) if jitter.flip else image
+        target = jittered_positions(positions, inverter.vit.grid, jitter)
+        logits, _ = SparseViT(model.vit)(inverter.vit.grid.patchify(image)[rows, target], target)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss = loss + 0.3 * plain_tv(leaf, canvas, 1) + 0.01 * plain_tv(leaf, canvas, 2) + 0.01 * leaf.norm()
+        torch.testing.assert_close(batch.losses[iteration], loss.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_images_and_batches_differ(model):
+    config = InversionConfig(**SPARSE)
+    first, again = (Inverter(model, config, CPU).invert(2) for _ in range(2))
+    assert torch.equal(first.images.patches, again.images.patches)
+    assert torch.equal(first.losses, again.losses)
+    other = Inverter(model, config, CPU).invert(1)
+    assert not torch.equal(first.images.patches, other.images.patches)
+
+
+def test_nan_loss_is_one_clear_error():
+    model = tiny_model()
+    with torch.no_grad():
+        model.vit.head.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"iteration 0.*lr_g"):
+        Inverter(model, InversionConfig(**SPARSE), CPU).invert(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"weights": {"oh": 1.0, "bn": 1.0}}, "--bn"),
+        ({"weights": {"oh": 1.0, "adv": 1.0}}, "--adv"),
+        ({"weights": {"oh": 0.0}}, "weight is 0"),
+        ({"weights": {"oh": -1.0}}, "--oh"),
+        ({"weights": {"oh": float("nan")}}, "--oh"),
+        ({"lr": 0.0}, "--lr_g"),
+        ({"iterations": 0}, "--iterations"),
+        ({"iterations": 10, "prune_it": (10,), "prune_ratio": (0.3,)}, "past the last"),
+    ],
+)
+def test_impossible_configurations_are_refused(change, why):
+    with pytest.raises(UserError, match=why):
+        InversionConfig(**change)

@@ -1,0 +1,135 @@
+"""The sparse forward against timm's own."""
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ResPostBlock
+
+from models import SparseViT
+from tests.conftest import randomize, tiny_vit
+from utils.errors import UserError
+
+# Name and arguments; sizes are small, every architecture option is as in the named model.
+ARCHITECTURES = [
+    ("deit_tiny_patch16_224", {"img_size": 64}),
+    ("deit_base_distilled_patch16_224", {"img_size": 48, "depth": 3}),
+    ("deit3_small_patch16_224", {"img_size": 64}),
+    ("vit_small_patch16_224", {"img_size": 64}),
+    ("vit_small_patch14_dinov2", {"img_size": 70}),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 70}),
+    ("vit_base_patch16_clip_224", {"img_size": 48, "depth": 3}),
+    ("vit_giant_patch14_dinov2", {"img_size": 28, "depth": 2}),
+]
+OPTIONS = [
+    {"qk_norm": True},
+    {"global_pool": "avg"},
+    {"global_pool": "avgmax", "fc_norm": False},
+    {"global_pool": "max", "reg_tokens": 2},
+    {"global_pool": "map"},
+    {"global_pool": "prr"},
+    {"scale_attn_norm": True, "scale_mlp_norm": True},
+    {"pos_embed": "none"},
+    {"dynamic_img_size": True},
+    {"no_embed_class": True, "reg_tokens": 3, "init_values": 0.1},
+    {"img_size": (16, 32), "patch_size": (8, 4)},
+    {"qkv_bias": False, "proj_bias": False, "pre_norm": True, "final_norm": False},
+]
+
+
+def assert_same_logits(vit, generator=None):
+    images = torch.randn(2, 3, *vit.patch_embed.img_size)
+    with torch.no_grad():
+        expected, got = vit(images), SparseViT(vit).forward_images(images)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "args"), ARCHITECTURES, ids=[name for name, _ in ARCHITECTURES])
+def test_all_patches_give_the_logits_of_timm(name, args):
+    assert_same_logits(randomize(timm.create_model(name, num_classes=7, **args)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_accepted_option_is_honoured(options):
+    assert_same_logits(tiny_vit(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}], ids=str)
+def test_kept_patches_give_what_timm_gives_for_those_tokens(options):
+    """The reference embeds every patch and drops tokens before the first block."""
+    vit = tiny_vit(**options)
+    images = torch.randn(3, 3, 32, 32)
+    kept = torch.stack([torch.randperm(16)[:6] for _ in range(3)])
+    sparse = SparseViT(vit)
+    rows = torch.arange(3)[:, None]
+    with torch.no_grad():
+        tokens = vit._pos_embed(vit.patch_embed(images))
+        prefix = vit.num_prefix_tokens
+        tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, kept]], dim=1)
+        expected = vit.forward_head(vit.norm(vit.blocks(vit.norm_pre(tokens))))
+        got, attention = sparse(sparse.grid.patchify(images)[rows, kept], kept, return_attention=True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert attention.shape == (3, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "reg_tokens": 2}, {"global_pool": "avg"}], ids=str)
+def test_attention_is_the_cls_row_of_the_last_block(options):
+    """Against the softmax that timm's last block computes, mean over heads, without the prefix tokens."""
+    vit = tiny_vit(**options)
+    attn = vit.blocks[-1].attn
+    attn.fused_attn = False
+    seen = []
+    attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = torch.randn(2, 3, 32, 32)
+    sparse = SparseViT(vit)
+    with torch.no_grad():
+        vit(images)
+        _, got = sparse(sparse.grid.patchify(images), sparse.grid.all_positions(2), return_attention=True)
+    expected = seen[0][:, :, 0, vit.num_prefix_tokens :].mean(dim=1)
+    torch.testing.assert_close(got, expected)
+
+
+def test_mirrored_reads_patches_with_their_columns_reversed():
+    sparse = SparseViT(tiny_vit())
+    patches, positions = torch.randn(2, 16, 3, 8, 8), sparse.grid.all_positions(2)
+    with torch.no_grad():
+        expected, _ = sparse(patches.flip(-1), positions)
+        got, _ = sparse(patches, positions, mirrored=True)
+    torch.testing.assert_close(got, expected)
+
+
+REFUSED = [
+    ("resnet18", {}, "ResNet"),
+    ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "class token"),
+    ("vit_tiny_patch16_224", {"num_classes": 0}, "head"),
+    ("vit_tiny_patch16_224", {"img_size": 72}, "multiple"),
+    ("vit_tiny_r_s16_p8_224", {}, "embedded"),
+    ("vit_tiny_patch16_224", {"block_fn": ResPostBlock}, "ResPostBlock"),
+    ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
+    ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "Attention"),
+    ("vit_tiny_patch16_224", {"global_pool": ""}, "pooling"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "why"), REFUSED, ids=[why for _, _, why in REFUSED])
+def test_what_cannot_be_honoured_is_refused_with_the_reason(name, args, why):
+    with torch.device("meta"):
+        vit = timm.create_model(name, **args)
+    with pytest.raises(UserError, match=why):
+        SparseViT(vit)
+
+
+def test_flops_match_torch_counting_the_products():
+    """The analytic count of a forward pass and of a step against torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sparse = SparseViT(tiny_vit()).requires_grad_(False)
+    positions = torch.arange(9)[None]
+    patches = torch.randn(1, 9, 3, 8, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        logits, _ = sparse(patches, positions)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert forward.get_total_flops() == sparse.forward_flops(9)
+    step = sparse.step_flops(9)
+    # torch's fused attention computes the scores anew in its backward pass, which its counter adds.
+    assert step <= forward.get_total_flops() + backward.get_total_flops() <= 1.1 * step
