@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from inversion.losses import LOSSES
 from inversion.schedule import check_schedule
@@ -45,6 +45,12 @@ class InversionConfig:
         if not any(self.weights.values()):
             raise UserError("every loss weight is 0; give at least --oh")
         check_schedule(self.iterations, self.prune_it, self.prune_ratio)
+
+    def settings(self) -> dict:
+        """The configuration as JSON holds it; two that mean the same are equal."""
+        weights = {name: float(weight) for name, weight in sorted(self.weights.items()) if weight}
+        schedule = {"prune_it": list(self.prune_it), "prune_ratio": [float(ratio) for ratio in self.prune_ratio]}
+        return {**asdict(self), "lr": float(self.lr), "weights": weights, **schedule}
 
     @property
     def strategy_name(self) -> str:

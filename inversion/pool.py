@@ -59,7 +59,7 @@ class ImagePool:
                 "std": list(model.preprocessing.std),
             },
             "grid": asdict(self.grid),
-            "inversion": json.loads(json.dumps(asdict(config))),
+            "inversion": config.settings(),
         }
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])

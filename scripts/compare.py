@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 save_pictures(model, vit, images, folder)
                 models = {f"{w}/{a}": calibrate(vit, images, w, a, batch_size=args.calib_batchsize) for w, a in missing}
                 for (w_bit, a_bit), result in zip(missing, evaluate(models, data, device).values(), strict=True):
-                    row = {**settings, "w_bit": w_bit, "a_bit": a_bit, **result, "seconds": seconds}
+                    row = {**result, **settings, "w_bit": w_bit, "a_bit": a_bit, "seconds": seconds}
                     add_row(rows, rows_file, row)
             chosen += [find(rows, settings, b) for b in args.bits]
     summary = means(chosen)
@@ -128,7 +128,7 @@ def find_or_add_fp(rows, rows_file, model, vit, data, device, args) -> dict:
     settings["val_images"] = len(data.dataset)
     row = find(rows, settings, (32, 32))
     if row is None:
-        row = {**settings, "images": 0, "w_bit": 32, "a_bit": 32, **evaluate({"fp": vit}, data, device)["fp"]}
+        row = {**evaluate({"fp": vit}, data, device)["fp"], **settings, "images": 0, "w_bit": 32, "a_bit": 32}
         add_row(rows, rows_file, {**row, "seconds": 0.0})
     return find(rows, settings, (32, 32))
 
