@@ -25,6 +25,7 @@ from utils.data import limited, load_split, loader
 from utils.device import device_name, pick_device, pick_dtype, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
+from utils.pictures import save_side_by_side
 from utils.report import duration, table
 
 MODE_OF = {"real": 2, "gaussian": 1, "dense": 0, "smi": 0}
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     write_json(output / "summary.json", summary)
     write_json(output / "environment.json", {"device": device_name(device), "dtype": dtype, "versions": versions()})
     print_table(summary, len(args.seeds))
+    grids = {kind: output / f"{kind}-s{args.seeds[0]}" / "images.png" for kind in args.calibrations}
+    save_side_by_side(output / "images.png", {kind: file for kind, file in grids.items() if file.is_file()})
     print(f"rows, summary and pictures: {output}")
     return summary
 

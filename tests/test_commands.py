@@ -8,7 +8,8 @@ from PIL import Image
 
 import test_quant
 from models import DEFAULT_MODEL
-from tests.conftest import ROOT, run_script
+from scripts import compare, quantizer_sensitivity
+from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
 
@@ -160,11 +161,6 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, quick):
 
 
 def test_compare_keeps_finished_cells(tmp_path, capsys):
-    import sys
-
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import compare
-
     flags = [*QUICK, "--bits", "8/8", "4/4", "--calibrations", "gaussian", "smi", "--seeds", "0", "1", "--val_limit"]
     flags += ["40", "--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
     summary = compare.main(flags)
@@ -176,6 +172,14 @@ def test_compare_keeps_finished_cells(tmp_path, capsys):
     assert compare.main(flags) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert "W4/A4" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "images.png").size[0] > 1000
+
+
+def test_sensitivity_leaves_quantizers_out(tmp_path):
+    flags = ["--calibrations", "gaussian", "--bits", "32/4", "--val_limit", "60", "--output", str(tmp_path)]
+    rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
+    assert rows["every activation"] > 90
+    assert rows["every activation"] > rows["residual sums"] > rows["nothing"]
 
 
 def test_parser_errors_are_user_errors():
