@@ -55,7 +55,9 @@ def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, qui
         except OSError:
             raise UserError(f"another process is filling {pool.path}; wait for it or give another --datapool") from None
         missing = [batch for batch in batches if not pool.has(batch)]
-        with tqdm(total=len(missing) * config.iterations, unit="it", disable=quiet, desc="inversion") as bar:
+        with tqdm(
+            total=len(missing) * config.iterations, unit="it", disable=quiet or not missing, desc="inversion"
+        ) as bar:
             for number, batch in enumerate(missing):
                 reset_peak_memory(device)
                 start = time.perf_counter()

@@ -18,6 +18,10 @@ from models.registry import Preprocessing
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# The models are small: a second thread gains little, and costs much where another program holds the core.
+torch.set_num_threads(1)
+
+
 def randomize(vit: nn.Module) -> nn.Module:
     """Give biases, norms, layer scales and tokens values that matter, so that none can be left out unnoticed."""
     generator = torch.Generator().manual_seed(0)

@@ -172,11 +172,11 @@ def test_compare_keeps_finished_cells(tmp_path, capsys):
     assert compare.main(flags) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert "W4/A4" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "images.png").size[0] > 1000
+    assert Image.open(tmp_path / "out" / "images.png").size[0] > 800  # two grids
 
 
 def test_sensitivity_leaves_quantizers_out(tmp_path):
-    flags = ["--calibrations", "gaussian", "--bits", "32/4", "--val_limit", "60", "--output", str(tmp_path)]
+    flags = ["--calibrations", "gaussian", "--bits", "32/4", "--val_limit", "40", "--output", str(tmp_path)]
     rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
     assert rows["every activation"] > 90
     assert rows["every activation"] > rows["residual sums"] > rows["nothing"]
