@@ -94,6 +94,16 @@ def test_work_falls_with_the_patches(model):
     assert flops[0] > flops[1] > flops[2]
 
 
+def test_no_attention_matrix_is_kept_for_the_backward_pass(model):
+    """Defect: every block kept its full attention matrix."""
+    inverter, _ = spied_inverter(model, **SPARSE)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        inverter.invert(0)
+    assert shapes
+    assert not [shape for shape in shapes if len(shape) == 4 and shape[-1] == shape[-2] and shape[-1] in (17, 13, 7)]
+
+
 def test_optimizer_state_goes_on_with_the_kept_patches(model):
     inverter, _ = spied_inverter(model, **SPARSE)
     stops, stop = [], inverter._stop_patches

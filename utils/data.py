@@ -102,9 +102,9 @@ def random_subset(dataset: Dataset, count: int, seed: int) -> Subset:
     return Subset(dataset, order[:count].tolist())
 
 
-def limited(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
+def limited(dataset: Dataset, limit: int | None) -> Dataset:
     """At most `limit` items, drawn with a fixed seed so that all classes are met; all of them if None."""
-    return dataset if limit is None or limit >= len(dataset) else random_subset(dataset, limit, seed)
+    return dataset if limit is None or limit >= len(dataset) else random_subset(dataset, limit, seed=0)
 
 
 def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
