@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import SparseViT
 from tests.conftest import randomize, tiny_vit
@@ -120,16 +122,14 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(name, args, why):
 
 def test_flops_match_torch_counting_the_products():
     """The analytic count of a forward pass and of a step against torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     sparse = SparseViT(tiny_vit()).requires_grad_(False)
     positions = torch.arange(9)[None]
     patches = torch.randn(1, 9, 3, 8, 8, requires_grad=True)
-    with FlopCounterMode(display=False) as forward:
-        logits, _ = sparse(patches, positions)
-    with FlopCounterMode(display=False) as backward:
-        logits.sum().backward()
+    # Plain attention: what a fused kernel counts, and computes twice, differs between versions of torch.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            logits, _ = sparse(patches, positions)
+        with FlopCounterMode(display=False) as backward:
+            logits.sum().backward()
     assert forward.get_total_flops() == sparse.forward_flops(9)
-    step = sparse.step_flops(9)
-    # torch's fused attention computes the scores anew in its backward pass, which its counter adds.
-    assert step <= forward.get_total_flops() + backward.get_total_flops() <= 1.1 * step
+    assert forward.get_total_flops() + backward.get_total_flops() == sparse.step_flops(9)
