@@ -8,6 +8,7 @@ a patch beside it (the remainder), parts of which may lie in its neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from models import PatchGrid
 OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """A roll by (`dy`, `dx`) pixels, then a horizontal flip if `flip`; one draw for the batch."""
+class Jitter(NamedTuple):
+    """A roll by (`dy`, `dx`) pixels, then a horizontal flip if `flip`; one draw for the batch.
 
-    dy: int
-    dx: int
-    flip: bool
+    Numbers, or int64 tensors () on the device: what a CUDA graph records must not depend on the draw.
+    """
+
+    dy: int | Tensor
+    dx: int | Tensor
+    flip: bool | Tensor
 
 
 def draw_jitters(count: int, grid: PatchGrid, generator: torch.Generator) -> list[Jitter]:
@@ -35,7 +38,7 @@ def draw_jitters(count: int, grid: PatchGrid, generator: torch.Generator) -> lis
     return [Jitter(dy, dx, bool(flip)) for dy, dx, flip in zip(rows, cols, flips, strict=True)]
 
 
-def split_roll(roll: int, patch: int) -> tuple[int, int]:
+def split_roll(roll: int | Tensor, patch: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """A roll in pixels -> (whole patches, remainder in pixels), the remainder in [-patch/2, patch/2)."""
     whole = (roll + patch // 2) // patch
     return whole, roll - whole * patch
@@ -45,7 +48,7 @@ def jittered_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Te
     """Where the patches at `positions` (B, n) are after the jitter: the grid wraps around, a flip mirrors columns."""
     rows = (positions // grid.cols + split_roll(jitter.dy, grid.height)[0]) % grid.rows
     cols = (positions % grid.cols + split_roll(jitter.dx, grid.width)[0]) % grid.cols
-    return rows * grid.cols + (grid.cols - 1 - cols if jitter.flip else cols)
+    return rows * grid.cols + cols + jitter.flip * (grid.cols - 1 - 2 * cols)
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def _spans(shift: int, size: int) -> list[tuple[int, slice, slice]]:
     return [own]
 
 
-def _shifted(pixels: Tensor, links: Neighbours, shift: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _shifted(pixels: Tensor, links: Neighbours, shift: tuple, dtype: torch.dtype) -> Tensor:
     """The windows (M, C, h, w) of patches (M, C, h, w) whose content moved by `shift` pixels; stopped patches are 0."""
+    if isinstance(shift[0], Tensor):
+        return _gathered(pixels, links, shift).to(dtype)
     out = torch.empty_like(pixels, dtype=dtype)
     for dy, to_rows, rows in _spans(shift[0], pixels.shape[-2]):
         for dx, to_cols, cols in _spans(shift[1], pixels.shape[-1]):
@@ -128,11 +133,23 @@ def _shifted(pixels: Tensor, links: Neighbours, shift: tuple[int, int], dtype: t
     return out
 
 
+def _gathered(pixels: Tensor, links: Neighbours, shift: tuple[Tensor, Tensor]) -> Tensor:
+    """As `_shifted`, by one gather whose shape does not depend on the shift."""
+    _, channels, height, width = pixels.shape
+    rows, cols = (torch.arange(size, device=pixels.device) - s for size, s in zip((height, width), shift, strict=True))
+    neighbour = ((rows // height + 1)[:, None] * 3 + cols // width + 1).flatten()
+    inside = ((rows % height)[:, None] * width + cols % width).flatten()
+    index = torch.stack([links.index[offset] for offset in OFFSETS])[neighbour].t()
+    kept = torch.stack([links.kept[offset].flatten() for offset in OFFSETS])[neighbour].t()
+    channel = torch.arange(channels, device=pixels.device)[:, None]
+    return (pixels.flatten(2)[index[:, None], channel, inside] * kept[:, None]).view(pixels.shape)
+
+
 class _Shifted(torch.autograd.Function):
     """`_shifted` on (B, n, C, h, w). Every pixel lies in at most one window, so the gradient is the shift back."""
 
     @staticmethod
-    def forward(ctx, pixels: Tensor, links: Neighbours, shift: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def forward(ctx, pixels: Tensor, links: Neighbours, shift: tuple, dtype: torch.dtype) -> Tensor:
         ctx.links, ctx.shift, ctx.dtype = links, shift, pixels.dtype
         return _shifted(pixels.flatten(0, 1), links, shift, dtype).view(pixels.shape)
 

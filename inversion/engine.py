@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inversion.canvas import PatchCanvas, draw_jitters
+from inversion.canvas import Jitter, PatchCanvas, draw_jitters
+from inversion.capture import CapturedStep
 from inversion.config import InversionConfig
 from inversion.losses import LOSSES, LossInputs
 from inversion.schedule import Stage
-from models import LoadedModel, SparseImages, SparseViT
+from models import LoadedModel, SparseImages, SparseViT, pack_blocks
+from utils.device import keep_freed_memory
 from utils.errors import UserError
 
 BETAS = (0.5, 0.99)
@@ -51,7 +54,11 @@ class Inverter:
     def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.dtype)
-        self.vit = SparseViT(copy.deepcopy(model.vit)).to(device, self.dtype).requires_grad_(False)
+        self.vit = SparseViT(copy.deepcopy(model.vit)).requires_grad_(False)
+        if device.type == "cpu":
+            keep_freed_memory()
+            pack_blocks(self.vit, self.dtype)
+        self.vit.to(device, self.dtype)
         self.strategy = config.strategy()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
         self.losses = [(weight, LOSSES[name]) for name, weight in config.weights.items() if weight]
@@ -72,15 +79,16 @@ class Inverter:
         generator = batch_generator(config.seed, batch_index)
         labels = torch.randint(self.vit.num_classes, (config.batch_size,), generator=generator).sort().values
         canvas = PatchCanvas.noise(self.vit.grid, config.batch_size, generator, self.device)
-        jitters = draw_jitters(config.iterations, self.vit.grid, generator)
+        draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator))
         losses = LossLog(config.iterations, self.device)
         targets = labels.to(self.device)
-        optimizer = self._adam(canvas)
+        optimizer = self.adam(canvas)
         for stage in self.stages:
             if stage.patches < canvas.positions.shape[1]:
                 canvas, optimizer = self._stop_patches(canvas, optimizer, stage.patches)
+            step = self.stepper(canvas, optimizer, targets)
             for iteration in self._watched(stage, losses, on_progress):
-                losses.record(iteration, self._step(canvas, optimizer, targets, jitters[iteration]))
+                losses.record(iteration, step(draws[iteration]))
         images = SparseImages(canvas.pixels.detach().cpu(), canvas.positions.cpu(), labels)
         return InvertedBatch(images, losses.values())
 
@@ -94,7 +102,16 @@ class Inverter:
         ranked = sum(self.vit.forward_flops(stage.patches) for stage in self.stages[:-1])
         return steps + self.config.batch_size * ranked
 
-    def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor, jitter) -> Tensor:
+    def on_device(self, draws: list[Jitter]) -> Sequence[Jitter | Tensor]:
+        """Jitters as a `stepper` takes them: on a GPU rows of one tensor, which no iteration has to copy there."""
+        return torch.tensor(draws, device=self.device) if self.device.type == "cuda" else draws
+
+    def stepper(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor) -> Callable[..., Tensor]:
+        """One iteration at a stage: takes a jitter of `on_device`, returns the loss, not yet waited for."""
+        step = partial(self._step, canvas, optimizer, labels)
+        return CapturedStep(step, self.device) if self.device.type == "cuda" else step
+
+    def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor, jitter: Jitter) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
         windows = canvas.windows(jitter, self.dtype)
         logits, _ = self.vit(windows, canvas.jittered_positions(jitter), mirrored=jitter.flip)
@@ -117,15 +134,17 @@ class Inverter:
         rows = torch.arange(len(kept), device=kept.device)[:, None]
         smaller = PatchCanvas(canvas.grid, canvas.pixels[rows, kept], canvas.positions[rows, kept])
         state = optimizer.state[canvas.pixels]
-        reduced = self._adam(smaller)
+        reduced = self.adam(smaller)
         if state:
             moments = {key: state[key][rows, kept].contiguous() for key in ("exp_avg", "exp_avg_sq")}
-            reduced.state[smaller.pixels] = {"step": state["step"], **moments}
+            reduced.state[smaller.pixels] = {"step": state["step"].clone(), **moments}
         return smaller, reduced
 
-    def _adam(self, canvas: PatchCanvas) -> torch.optim.Adam:
-        fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.Adam([canvas.pixels], lr=self.config.lr, betas=BETAS, fused=fused)
+    def adam(self, canvas: PatchCanvas) -> torch.optim.Adam:
+        """A fresh optimizer of the canvas."""
+        on_gpu = self.device.type == "cuda"
+        kind = {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
+        return torch.optim.Adam([canvas.pixels], lr=self.config.lr, betas=BETAS, **kind)
 
     def _watched(self, stage: Stage, losses: LossLog, on_progress: Callable[[Progress], None] | None) -> Iterator[int]:
         """The iterations of a stage; between them, now and then, a look at the loss that waits for no device."""

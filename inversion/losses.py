@@ -51,8 +51,8 @@ Loss = Callable[[LossInputs], Tensor]
 LOSSES: dict[str, Loss] = {"oh": one_hot, "tv1": tv_l1, "tv2": tv_l2, "l2": l2}
 
 
-def _pairs(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:
-    """The pixel pairs of a direction: (patch offset of the second pixel, slices of the first, of the second)."""
+def _crossing(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:
+    """The pixel pairs of a direction that cross a patch's border: (patch offset of the second, slices of both)."""
 
     def along(step: int, length: int) -> list[tuple[int, slice, slice]]:
         if step == 0:
@@ -62,7 +62,19 @@ def _pairs(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tupl
         return [(0, slice(1, length), slice(0, length - 1)), (-1, slice(0, 1), slice(length - 1, length))]
 
     rows, cols = along(direction[0], size[0]), along(direction[1], size[1])
-    return [((dy, dx), (..., r, c), (..., r2, c2)) for dy, r, r2 in rows for dx, c, c2 in cols]
+    return [((dy, dx), (..., r, c), (..., r2, c2)) for dy, r, r2 in rows for dx, c, c2 in cols if (dy, dx) != (0, 0)]
+
+
+def _inside(rows: Tensor, direction: tuple[int, int], width: int) -> tuple[Tensor, int]:
+    """Differences of the pairs inside a patch, and their distance, in patches written as `rows` (M, h * w).
+
+    One long shift is several times faster than a slice of every row; the pairs that wrap into another row are zeroed.
+    """
+    distance = direction[0] * width + direction[1]
+    differences = rows[:, distance:] - rows[:, : rows.shape[1] - distance]
+    if direction[1]:
+        differences[:, width - 1 if direction[1] > 0 else 0 :: width] = 0
+    return differences, distance
 
 
 class _TotalVariation(torch.autograd.Function):
@@ -74,26 +86,29 @@ class _TotalVariation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pixels: Tensor, links: Neighbours, order: int) -> Tensor:
         flat = pixels.detach().flatten(0, 1)
+        height, width = flat.shape[-2:]
+        rows = flat.view(-1, height * width)
         grad = torch.zeros_like(flat)
+        to_rows = grad.view(rows.shape)
         total = flat.new_zeros(())
         for direction in DIRECTIONS:
-            parts = []
-            for offset, first, second in _pairs(direction, flat.shape[-2:]):
-                if offset == (0, 0):
-                    parts.append((offset, first, second, flat[second] - flat[first]))
-                else:
-                    beyond = flat[second].index_select(0, links.index[offset])
-                    parts.append((offset, first, second, (beyond - flat[first]).mul_(links.adjacent[offset])))
-            value, slopes = _norm(parts, links, order)
+            inside, distance = _inside(rows, direction, width)
+            pairs = len(rows) * (height - direction[0]) * (width - abs(direction[1]))
+            parts, crossing = [inside], _crossing(direction, (height, width))
+            for offset, first, second in crossing:
+                beyond = flat[second].index_select(0, links.index[offset])
+                part = (beyond - flat[first]).mul_(links.adjacent[offset])
+                pairs = pairs + links.adjacent[offset].sum() * part[0].numel()
+                parts.append(part)
+            value, (slope, *slopes) = _norm(parts, pairs, order)
             total = total + value
-            for (offset, first, second, _), slope in zip(parts, slopes, strict=True):
+            to_rows[:, : rows.shape[1] - distance].sub_(slope)
+            to_rows[:, distance:].add_(slope)
+            for (offset, first, second), slope in zip(crossing, slopes, strict=True):
                 grad[first] -= slope
-                if offset == (0, 0):
-                    grad[second] += slope
-                else:
-                    # The pair that ends here begins in the opposite neighbour: a gather, where autograd would scatter.
-                    back = -offset[0], -offset[1]
-                    grad[second] += slope.index_select(0, links.index[back]) * links.adjacent[back]
+                # The pair that ends here begins in the opposite neighbour: a gather, where autograd would scatter.
+                back = -offset[0], -offset[1]
+                grad[second] += slope.index_select(0, links.index[back]) * links.adjacent[back]
         ctx.save_for_backward(grad.view(pixels.shape))
         return total
 
@@ -102,15 +117,15 @@ class _TotalVariation(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad_output, None, None
 
 
-def _norm(parts: list[tuple], links: Neighbours, order: int) -> tuple[Tensor, list[Tensor]]:
-    """The norm (order 2) or mean absolute value (order 1) of one direction's differences, and its gradient to each."""
-    differences = [part[-1] for part in parts]
+def _norm(differences: list[Tensor], pairs: Tensor, order: int) -> tuple[Tensor, list[Tensor]]:
+    """The norm (order 2) or mean absolute value (order 1) of one direction's differences, and its gradient to each.
+
+    The differences are overwritten.
+    """
     if order == 2:
         norm = torch.stack([torch.linalg.vector_norm(d) for d in differences]).norm()
         scale = torch.where(norm > 0, 1 / norm, 0)
-        return norm, [d * scale for d in differences]
-    pairs = sum(
-        d.numel() if offset == (0, 0) else links.adjacent[offset].sum() * d[0].numel() for offset, _, _, d in parts
-    )
-    scale = 1 / torch.as_tensor(pairs, device=differences[0].device).clamp(min=1)
-    return sum(d.abs().sum() for d in differences) * scale, [d.sign() * scale for d in differences]
+        return norm, [d.mul_(scale) for d in differences]
+    scale = 1 / pairs.clamp(min=1)
+    value = sum(d.abs().sum() for d in differences) * scale
+    return value, [d.sign_().mul_(scale) for d in differences]

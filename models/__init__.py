@@ -1,7 +1,8 @@
 """Vision Transformers: loading them by name, and running them on a subset of their patches."""
 
+from models.packed import pack_blocks
 from models.patches import PatchGrid, SparseImages
 from models.registry import DEFAULT_MODEL, LoadedModel, load_model
 from models.sparse_vit import SparseViT
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "PatchGrid", "SparseImages", "SparseViT", "load_model"]
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "PatchGrid", "SparseImages", "SparseViT", "load_model", "pack_blocks"]

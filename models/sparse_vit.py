@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, global_pool_nlc
 from torch import Tensor, nn
 
+from models.attention import attention
 from models.patches import PatchGrid
 from utils.errors import UserError
 
@@ -61,6 +62,10 @@ class SparseBlock(nn.Module):
         self.tap_scores = nn.Identity()
         self.tap_attn_sum, self.tap_mlp_sum = nn.Identity(), nn.Identity()
 
+    def taps(self) -> tuple[nn.Module, ...]:
+        """The taps, in the order of the forward pass."""
+        return self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_attn_sum, self.tap_mlp_sum
+
     def forward(self, x: Tensor, queries: int | None = None, return_attention: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, D) -> tokens (B, Q, D) and, on request, the CLS row of the attention (B, T), mean over heads.
 
@@ -69,22 +74,56 @@ class SparseBlock(nn.Module):
             queries: compute only the first Q tokens of the output; all of them if None.
             return_attention: whether the CLS row is wanted; without it the second result is None.
         """
-        batch, tokens, _ = x.shape
         y = self.norm1(x)
-        q, k, v = self.qkv(y).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x, y, q = x[:, :queries], y[:, :queries], q[:, :, :queries]
-        q, k, v = self.tap_q(self.q_norm(q)), self.tap_k(self.k_norm(k)), self.tap_v(v)
+        attend = self._attention_of_few if queries is not None and self._folds() else self._attention
+        out, cls_row = attend(y, queries, return_attention)
+        out = self.attn_norm(out)
+        if self.gate is not None:
+            out = out * self.gate(y[:, :queries]).sigmoid()
+        x = self.tap_attn_sum(x[:, :queries] + self.ls1(self.proj(out)))
+        x = self.tap_mlp_sum(x + self.ls2(self.mlp(self.norm2(x))))
+        return x, cls_row
+
+    def flops(self, tokens: int, queries: int) -> tuple[int, int]:
+        """Operations in the layers, and between tokens, of `forward` on one image."""
+        inner, width = self.proj.in_features, self.proj.out_features
+        mlp = sum(m.weight.numel() for m in self.mlp.modules() if isinstance(m, nn.Linear))
+        gate = 0 if self.gate is None else self.gate.weight.numel()
+        if queries < tokens and self._folds():
+            return 2 * queries * (4 * inner * width + mlp + gate), 4 * queries * tokens * self.heads * width
+        layers = tokens * self.qkv.weight.numel() + queries * (inner * width + mlp + gate)
+        return 2 * layers, 4 * queries * tokens * inner
+
+    def _attention(self, y: Tensor, queries: int | None, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim), and the CLS row or None."""
+        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.tap_q(self.q_norm(q[:, :, :queries])), self.tap_k(self.k_norm(k)), self.tap_v(v)
         if return_attention or type(self.tap_scores) is not nn.Identity:
             weights = self.tap_scores((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
             out = weights @ v
         else:
-            weights, out = None, F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        out = self.attn_norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(y).sigmoid()
-        x = self.tap_attn_sum(x + self.ls1(self.proj(out)))
-        x = self.tap_mlp_sum(x + self.ls2(self.mlp(self.norm2(x))))
-        return x, weights[:, :, 0].mean(dim=1) if return_attention else None
+            weights, out = None, attention(q, k, v, self.scale)
+        return out.transpose(1, 2).flatten(2), weights[:, :, 0].mean(dim=1) if return_attention else None
+
+    def _folds(self) -> bool:
+        """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
+        between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores)
+        return type(self.qkv) is nn.Linear and all(type(module) is nn.Identity for module in between)
+
+    def _attention_of_few(self, y: Tensor, queries: int, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """As `_attention`, without a key or value of any token: q (W y) = (q W) y, and sum a (W y) = W (sum a y).
+
+        A key's bias adds the same to every score of a query, which the softmax does not see.
+        """
+        q_weight, k_weight, v_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1)).unbind(0)
+        q_bias, v_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))[::2]
+        q = F.linear(y[:, :queries], q_weight.flatten(0, 1), q_bias).unflatten(-1, (self.heads, -1))
+        asked = torch.einsum("bqhd,hdw->bqhw", q * self.scale, k_weight).flatten(1, 2)
+        weights = (asked @ y.transpose(1, 2)).softmax(dim=-1)
+        seen = (weights @ y).unflatten(1, (queries, self.heads))
+        out = torch.einsum("bqhw,hdw->bqhd", seen, v_weight).flatten(2)
+        out = out if v_bias is None else out + v_bias
+        return out, weights[:, : self.heads].mean(dim=1) if return_attention else None
 
 
 class SparseViT(nn.Module):
@@ -120,7 +159,7 @@ class SparseViT(nn.Module):
         return self.prefix.shape[1]
 
     def forward(
-        self, patches: Tensor, positions: Tensor, return_attention: bool = False, mirrored: bool = False
+        self, patches: Tensor, positions: Tensor, return_attention: bool = False, mirrored: bool | Tensor = False
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model on kept patches.
 
@@ -128,7 +167,8 @@ class SparseViT(nn.Module):
             patches: (B, n, C, height, width), normalized pixels.
             positions: (B, n), int64, the grid position of each.
             return_attention: also return what the CLS token of the last block gives each patch, mean over heads.
-            mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead).
+            mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead);
+                a bool, or an int64 tensor () that is 0 or 1.
 
         Returns:
             logits (B, classes), and the attention (B, n) or None.
@@ -156,27 +196,26 @@ class SparseViT(nn.Module):
 
     def _flops(self, patches: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of a forward pass of one image."""
-        width = self.pos_embed.shape[-1]
-        tokens = patches + self.prefix_tokens
-        layers, attention = patches * self.grid.pixels * width + width * self.num_classes, 0
+        width, tokens = self.pos_embed.shape[-1], patches + self.prefix_tokens
+        layers, attention = 2 * (patches * self.grid.pixels * width + width * self.num_classes), 0
         for block in self.blocks:
-            last = block is self.blocks[-1] and self.head.reads_prefix_only
-            queries, inner = self.prefix_tokens if last else tokens, block.proj.in_features
-            mlp = sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear))
-            gate = 0 if block.gate is None else block.gate.weight.numel()
-            layers += tokens * block.qkv.weight.numel() + queries * (inner * width + mlp + gate)
-            attention += 2 * queries * tokens * inner
-        return 2 * layers, 2 * attention
+            few = block is self.blocks[-1] and self.head.reads_prefix_only
+            in_layers, between_tokens = block.flops(tokens, self.prefix_tokens if few else tokens)
+            layers, attention = layers + in_layers, attention + between_tokens
+        return layers, attention
 
-    def _embed(self, patches: Tensor, positions: Tensor, mirrored: bool) -> Tensor:
+    def _embed(self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor) -> Tensor:
         batch, count = positions.shape
         flat = patches.reshape(batch, count, self.grid.pixels)
-        if mirrored:
+        if mirrored is False:
+            x = self.patch_proj(flat)
+        else:
             shape = (-1, self.grid.channels, self.grid.height, self.grid.width)
             weight = self.patch_proj.weight.view(shape).flip(-1).flatten(1)
+            if mirrored is not True:
+                either = torch.stack([self.patch_proj.weight, weight])
+                weight = either.index_select(0, mirrored.view(1)).squeeze(0)
             x = F.linear(flat, weight, self.patch_proj.bias)
-        else:
-            x = self.patch_proj(flat)
         x = self.patch_norm(x) + self.pos_embed[positions]
         x = torch.cat([self.prefix.expand(batch, -1, -1), x], dim=1)
         return self.norm_pre(self.tap_embed(x))

@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from inversion import InversionConfig, Inverter
 from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
+from inversion.capture import EAGER_STEPS
 from inversion.schedule import Stage
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
 from utils.cli import Parser, positive
-from utils.device import device_name, pick_device, pick_dtype, versions
+from utils.device import device_name, keep_freed_memory, pick_device, pick_dtype, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.report import table
@@ -56,9 +57,13 @@ class Reference:
         self.optimizer = torch.optim.Adam([self.images], lr=config.lr, betas=(0.5, 0.99))
         self.low, self.high = (model.preprocessing.normalize(torch.full((3, 1, 1), v)).to(device) for v in (0.0, 1.0))
         self.dense = positions.shape[1] == model.vit.patch_embed.num_patches
+        with FlopCounterMode(display=False) as counter:
+            self.step(Jitter(0, 0, False))
+        self.flops = counter.get_total_flops()
 
     def step(self, jitter: Jitter) -> float:
         """Forward, backward, update."""
+        keep_freed_memory(False)
         self.attention.clear()
         rolled = torch.roll(self.images, (jitter.dy, jitter.dx), dims=(2, 3))
         rolled = rolled.flip(3) if jitter.flip else rolled
@@ -93,11 +98,13 @@ class Engine:
         rows = torch.arange(config.batch_size, device=device)[:, None]
         self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions)
         self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
-        self.optimizer = self.inverter._adam(self.canvas)
+        self.run = self.inverter.stepper(self.canvas, self.inverter.adam(self.canvas), self.labels)
+        self.flops = config.batch_size * self.inverter.vit.step_flops(positions.shape[1])
 
     def step(self, jitter: Jitter) -> torch.Tensor:
         """Forward, backward, update."""
-        return self.inverter._step(self.canvas, self.optimizer, self.labels, jitter)
+        keep_freed_memory()  # as `Inverter` does once
+        return self.run(self.inverter.on_device([jitter])[0])
 
 
 def parser() -> Parser:
@@ -123,6 +130,11 @@ def random_positions(grid: PatchGrid, batch: int, kept: int, device: torch.devic
     generator = torch.Generator().manual_seed(kept)
     drawn = [torch.randperm(grid.count, generator=generator)[:kept].sort().values for _ in range(batch)]
     return torch.stack(drawn).to(device)
+
+
+def warm_up(device: torch.device) -> int:
+    """Iterations that are not timed: on a GPU those before the replay of a recorded one, and the recording."""
+    return EAGER_STEPS + 2 if device.type == "cuda" else 1
 
 
 def timed(step: Callable[[Jitter], object], jitter: Jitter, device: torch.device) -> float:
@@ -189,16 +201,14 @@ class Row:
     memory: int = 0
 
     def measure_once(self, device: torch.device) -> None:
-        """Peak memory of two iterations, weights included, and the operations of one, by torch's own counter."""
+        """Peak memory, weights included, and the operations of one iteration."""
         jitter, peak = Jitter(3, -2, False), PeakMemory(device)
         peak.start()
         contender = self.make()
-        contender.step(jitter)
-        contender.step(jitter)
-        self.memory = peak.bytes()
-        with FlopCounterMode(display=False) as counter:
+        for _ in range(warm_up(device) + 1):
             contender.step(jitter)
-        self.flops = counter.get_total_flops()
+        self.memory = peak.bytes()
+        self.flops = contender.flops
 
     def result(self, batch: int) -> dict:
         """The row as the JSON holds it."""
@@ -232,13 +242,14 @@ def main(argv: list[str] | None = None) -> dict:
     rows = make_rows(model, config, device, stages, peaks)
     for row in rows:
         row.measure_once(device)
-    jitters = draw_jitters(args.repeats + 1, grid, torch.Generator().manual_seed(0))
+    first = warm_up(device)
+    jitters = draw_jitters(args.repeats + first, grid, torch.Generator().manual_seed(0))
     for stage in stages:
         contenders = [(row, row.make()) for row in rows if row.stage_patches == stage.patches]
         for number, jitter in enumerate(jitters):
             for row, contender in contenders:
                 seconds = timed(contender.step, jitter, device)
-                if number:  # the first warms up
+                if number >= first:
                     row.seconds.append(seconds)
         del contenders
     report = {

@@ -41,13 +41,12 @@ def test_inverted_digits_are_classified_as_their_labels(dtype, sparse, monkeypat
     monkeypatch.setattr(inversion.engine, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
     model = load_model(DEFAULT_MODEL)
     schedule = {"prune_it": (10, 20, 30), "prune_ratio": (0.3, 0.3, 0.3)} if sparse else {}
-    batch = Inverter(model, InversionConfig(iterations=100, batch_size=8, dtype=dtype, **schedule), CPU).invert(0)
+    batch = Inverter(model, InversionConfig(iterations=100, batch_size=16, dtype=dtype, **schedule), CPU).invert(0)
     assert batch.images.patches.dtype == torch.float32
     assert batch.images.positions.shape[1] == (21 if sparse else 64)
     with torch.no_grad():
         logits, _ = SparseViT(model.vit)(batch.images.patches, batch.images.positions)
-    # Chance is 0.1; one in eight sparse images of this small model may still miss after 100 iterations.
-    assert (logits.argmax(dim=1) == batch.images.labels).float().mean() >= 0.75
+    assert (logits.argmax(dim=1) == batch.images.labels).float().mean() >= 0.9
     assert batch.losses[-10:].mean() < 0.5 * batch.losses[:10].mean()
 
 
@@ -82,9 +81,9 @@ def test_work_falls_with_the_patches(model):
     inverter, _ = spied_inverter(model, **SPARSE)
     rows = []
     inverter.vit.patch_proj.register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].shape[1]))
-    inverter.vit.blocks[0].mlp.register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].shape[1] - 1))
-    optimizers, adam = [], inverter._adam
-    inverter._adam = lambda canvas: optimizers.append(adam(canvas)) or optimizers[-1]
+    inverter.vit.blocks[0].register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].shape[1] - 1))
+    optimizers, adam = [], inverter.adam
+    inverter.adam = lambda canvas: optimizers.append(adam(canvas)) or optimizers[-1]
     inverter.invert(0)
     assert set(rows) == {16, 12, 6}
     final = optimizers[-1].param_groups[0]["params"][0]
@@ -94,14 +93,31 @@ def test_work_falls_with_the_patches(model):
     assert flops[0] > flops[1] > flops[2]
 
 
-def test_no_attention_matrix_is_kept_for_the_backward_pass(model):
-    """Defect: every block kept its full attention matrix."""
-    inverter, _ = spied_inverter(model, **SPARSE)
-    shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
-        inverter.invert(0)
-    assert shapes
-    assert not [shape for shape in shapes if len(shape) == 4 and shape[-1] == shape[-2] and shape[-1] in (17, 13, 7)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_little_is_kept_for_the_backward_pass(dtype):
+    """Defect: every block kept its attention matrices in float32, and what only weight gradients need."""
+    model = load_model(DEFAULT_MODEL)
+    inverter = Inverter(model, InversionConfig(batch_size=2, dtype=dtype), CPU)
+
+    def bytes_kept_by(model, forward, images: torch.Tensor) -> int:
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in weights:
+                kept[x.untyped_storage().data_ptr()] = x  # held, so that no other tensor gets its address
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            assert forward(images.requires_grad_()).requires_grad
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    vit = copy.deepcopy(model.vit).requires_grad_(True)
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    plain = bytes_kept_by(vit, vit, torch.randn(2, 3, 32, 32))
+    ours = bytes_kept_by(inverter.vit, inverter.vit.forward_images, torch.randn(2, 3, 32, 32, dtype=inverter.dtype))
+    assert ours < (0.6 if dtype == "float32" else 0.3) * plain
 
 
 def test_optimizer_state_goes_on_with_the_kept_patches(model):
