@@ -50,8 +50,8 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
 def keep_freed_memory(keep: bool = True) -> None:
     """Let glibc keep large blocks that are freed, for the next iteration, instead of giving them back to the system.
 
-    Otherwise every large tensor is mapped, zeroed page by page and unmapped again. `keep=False` sets the thresholds that
-    glibc's own rule ends at (32 and 64 MiB). Without glibc nothing happens.
+    Otherwise every large tensor is mapped, zeroed page by page and unmapped again. `keep=False` sets the thresholds
+    that glibc's own rule ends at (32 and 64 MiB). Without glibc nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
