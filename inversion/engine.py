@@ -54,11 +54,11 @@ class Inverter:
     def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.dtype)
-        self.vit = SparseViT(copy.deepcopy(model.vit)).requires_grad_(False)
+        vit = SparseViT(model.vit)
         if device.type == "cpu":
             keep_freed_memory()
-            pack_blocks(self.vit, self.dtype)
-        self.vit.to(device, self.dtype)
+            pack_blocks(vit, self.dtype)
+        self.vit = copy.deepcopy(vit).to(device, self.dtype).requires_grad_(False)
         self.strategy = config.strategy()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
         self.losses = [(weight, LOSSES[name]) for name, weight in config.weights.items() if weight]

@@ -105,6 +105,10 @@ class PackedBlock(nn.Module):
             and all(type(layer) is nn.Linear for layer in layers)
         )
 
+    def __deepcopy__(self, memo: dict) -> PackedBlock:
+        """Itself: nothing in it ever changes."""
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """As `SparseBlock.forward` of all tokens."""
         return _PackedBlock.apply(x, self), None

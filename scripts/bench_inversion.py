@@ -30,7 +30,7 @@ from inversion.capture import EAGER_STEPS
 from inversion.schedule import Stage
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
 from utils.cli import Parser, positive
-from utils.device import device_name, keep_freed_memory, pick_device, pick_dtype, versions
+from utils.device import device_name, pick_device, pick_dtype, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.report import table
@@ -63,7 +63,6 @@ class Reference:
 
     def step(self, jitter: Jitter) -> float:
         """Forward, backward, update."""
-        keep_freed_memory(False)
         self.attention.clear()
         rolled = torch.roll(self.images, (jitter.dy, jitter.dx), dims=(2, 3))
         rolled = rolled.flip(3) if jitter.flip else rolled
@@ -103,7 +102,6 @@ class Engine:
 
     def step(self, jitter: Jitter) -> torch.Tensor:
         """Forward, backward, update."""
-        keep_freed_memory()  # as `Inverter` does once
         return self.run(self.inverter.on_device([jitter])[0])
 
 

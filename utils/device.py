@@ -47,16 +47,15 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "float32"
 
 
-def keep_freed_memory(keep: bool = True) -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next iteration, instead of giving them back to the system.
 
-    Otherwise every large tensor is mapped, zeroed page by page and unmapped again. `keep=False` sets the thresholds
-    that glibc's own rule ends at (32 and 64 MiB). Without glibc nothing happens.
+    Otherwise every large tensor is mapped, zeroed page by page and unmapped again. Without glibc nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seed_all(seed: int) -> None:
