@@ -143,9 +143,9 @@ class SparseViT(nn.Module):
         self.patch_proj.weight = nn.Parameter(embed.proj.weight.detach().flatten(1), embed.proj.weight.requires_grad)
         self.patch_proj.bias = embed.proj.bias
         self.patch_norm = embed.norm
-        prefix, pos_embed = _split_pos_embed(vit)
-        self.register_buffer("prefix", prefix)
-        self.register_buffer("pos_embed", pos_embed)
+        self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
+        self.other_tokens = vit.dist_token if isinstance(vit, VisionTransformerDistilled) else vit.reg_token
+        self.prefix_tokens, self.prefix_has_positions = vit.num_prefix_tokens, not vit.no_embed_class
         self.norm_pre = vit.norm_pre
         self.tap_embed = nn.Identity()
         self.blocks = nn.ModuleList(SparseBlock(block) for block in vit.blocks)
@@ -154,9 +154,9 @@ class SparseViT(nn.Module):
         self.eval()
 
     @property
-    def prefix_tokens(self) -> int:
-        """Tokens before the patches: CLS, then distillation or register tokens."""
-        return self.prefix.shape[1]
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.cls_token.device
 
     def forward(
         self, patches: Tensor, positions: Tensor, return_attention: bool = False, mirrored: bool | Tensor = False
@@ -196,7 +196,7 @@ class SparseViT(nn.Module):
 
     def _flops(self, patches: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of a forward pass of one image."""
-        width, tokens = self.pos_embed.shape[-1], patches + self.prefix_tokens
+        width, tokens = self.cls_token.shape[-1], patches + self.prefix_tokens
         layers, attention = 2 * (patches * self.grid.pixels * width + width * self.num_classes), 0
         for block in self.blocks:
             few = block is self.blocks[-1] and self.head.reads_prefix_only
@@ -216,9 +216,21 @@ class SparseViT(nn.Module):
                 either = torch.stack([self.patch_proj.weight, weight])
                 weight = either.index_select(0, mirrored.view(1)).squeeze(0)
             x = F.linear(flat, weight, self.patch_proj.bias)
-        x = self.patch_norm(x) + self.pos_embed[positions]
-        x = torch.cat([self.prefix.expand(batch, -1, -1), x], dim=1)
+        prefix, pos_embed = self._prefix_and_positions()
+        x = self.patch_norm(x)
+        x = x if pos_embed is None else x + pos_embed[positions]
+        x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
         return self.norm_pre(self.tap_embed(x))
+
+
+    def _prefix_and_positions(self) -> tuple[Tensor, Tensor | None]:
+        """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
+        prefix = torch.cat([self.cls_token] + ([] if self.other_tokens is None else [self.other_tokens]), dim=1)
+        if self.pos_embed is None:
+            return prefix, None
+        if not self.prefix_has_positions:
+            return prefix, self.pos_embed[0]
+        return prefix + self.pos_embed[:, : self.prefix_tokens], self.pos_embed[0, self.prefix_tokens :]
 
 
 class _Head(nn.Module):
@@ -240,16 +252,3 @@ class _Head(nn.Module):
         else:
             x = global_pool_nlc(x, self.pool_type, self.prefix_tokens, self.include_prefix)
         return self.head(self.fc_norm(x))
-
-
-def _split_pos_embed(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
-    extra = vit.dist_token if isinstance(vit, VisionTransformerDistilled) else vit.reg_token
-    prefix = torch.cat([vit.cls_token] + ([] if extra is None else [extra]), dim=1).detach()
-    count = prefix.shape[1]
-    if vit.pos_embed is None:
-        return prefix, prefix.new_zeros(vit.patch_embed.num_patches, prefix.shape[-1])
-    pos = vit.pos_embed.detach()
-    if vit.no_embed_class:
-        return prefix, pos[0]
-    return prefix + pos[:, :count], pos[0, count:]

@@ -41,10 +41,9 @@ def calibrate(
     check_bits(w_bit, a_bit)
     if not len(images):
         raise UserError("there are no calibration images")
-    device = vit.pos_embed.device
     quantized = quantized_vit(vit, w_bit, a_bit, OBSERVERS[observer])
     for batch in images.batches(batch_size):
-        quantized(batch.patches.to(device), batch.positions.to(device))
+        quantized(batch.patches.to(vit.device), batch.positions.to(vit.device))
     for quantizer in quantizers(quantized).values():
         quantizer.freeze()
     return quantized

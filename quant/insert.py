@@ -37,6 +37,8 @@ def quantized_vit(vit: SparseViT, w_bit: int, a_bit: int, observer: Callable[[],
         observer: makes the observer of each activation quantizer.
     """
     vit = copy.deepcopy(vit).requires_grad_(False)
+    if w_bit == a_bit == 32:
+        return vit
     for module in list(vit.modules()):
         if isinstance(module, QuantizedLinear):
             continue
