@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,11 @@ from models import DEFAULT_MODEL, LoadedModel, SparseImages, SparseViT, load_mod
 from quant import calibrate, check_bits, evaluate
 from utils.cli import Parser, add_common_arguments, positive
 from utils.data import limited, load_split, loader, random_subset
-from utils.device import device_name, pick_device, pick_dtype, seed_all, versions
+from utils.device import device_name, pick_dtype, seed_all, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.pictures import save_image_grid, save_loss_curve
+from utils.ranks import process_group, rank
 from utils.report import duration, table
 
 MODES = {0: "inverted", 1: "gaussian", 2: "real"}
@@ -55,7 +57,12 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the task and return the report."""
     args = parser().parse_args(argv)
     check_bits(args.w_bit, args.a_bit)
-    device = pick_device(args.device, args.gpu)
+    with process_group(args.device, args.gpu) as device:
+        return run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> dict:
+    """The task on one rank."""
     config = inversion_config(args, args.calib_batchsize, pick_dtype(args.dtype, device))
     count = args.num_images or args.calib_batchsize
     seed_all(args.seed)
@@ -89,8 +96,9 @@ def main(argv: list[str] | None = None) -> dict:
         "calibration_seconds": round(calibration_seconds, 3),
         "versions": versions(),
     }
-    save_pictures(model, vit, images, output)
-    write_json(output / "report.json", report)
+    if rank() == 0:
+        save_pictures(model, vit, images, output)
+        write_json(output / "report.json", report)
     print_summary(report, output)
     return report
 
@@ -103,17 +111,27 @@ def calibration_images(
         pool = ImagePool(args.datapool, model, config)
         report = synthesize(pool, count, device, output / "synthesis.jsonl")
         stages = config.strategy().stages(config.iterations, pool.grid.count)
-        save_loss_curve(output / "loss.png", pool.losses(count), [s.start for s in stages], [s.patches for s in stages])
+        if rank() == 0:
+            starts, patches = [stage.start for stage in stages], [stage.patches for stage in stages]
+            save_loss_curve(output / "loss.png", pool.losses(count), starts, patches)
         return pool.read(count), report
-    grid = SparseViT(model.vit).grid
     free = SynthesisReport(None, 0, 0, 0.0, [], 0, 0, None)
     if args.mode == 1:
-        noise = torch.randn(count, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(args.seed))
-        return SparseImages.whole(grid, noise, torch.zeros(count, dtype=torch.long)), free
-    transform = model.preprocessing.eval_transform()
-    train_set = load_split("train", model.dataset, args.dataset, transform, model.classes)
-    real, labels = zip(*random_subset(train_set, count, args.seed), strict=True)
-    return SparseImages.whole(grid, torch.stack(real), torch.tensor(labels)), free
+        return noise_images(model, count, args.seed), free
+    return real_images(model, args.dataset, count, args.seed), free
+
+
+def noise_images(model: LoadedModel, count: int, seed: int) -> SparseImages:
+    """`count` images of standard normal pixels; their labels mean nothing."""
+    noise = torch.randn(count, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(seed))
+    return SparseImages.whole(SparseViT(model.vit).grid, noise, torch.zeros(count, dtype=torch.long))
+
+
+def real_images(model: LoadedModel, dataset: str | None, count: int | None, seed: int) -> SparseImages:
+    """`count` images of the training split, drawn with `seed`; all of them if None."""
+    train_set = load_split("train", model.dataset, dataset, model.preprocessing.eval_transform(), model.classes)
+    real, labels = zip(*random_subset(train_set, count or len(train_set), seed), strict=True)
+    return SparseImages.whole(SparseViT(model.vit).grid, torch.stack(real), torch.tensor(labels))
 
 
 def save_pictures(model: LoadedModel, vit: SparseViT, images: SparseImages, output: Path) -> None:

@@ -13,6 +13,7 @@ Class folders are class numbers, zero-padded: `int(dataset.classes[label])` is t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from models import LoadedModel, PatchGrid, SparseImages
 from utils.data import load_rgb
 from utils.errors import UserError
 from utils.files import atomic, read_json, writable_folder, write_json
+from utils.ranks import rank_zero_first
 
 FORMAT_VERSION = 1
 
@@ -64,11 +66,16 @@ class ImagePool:
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
         self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy_name}-s{config.seed}-{digest}"
-        self._open()
+        with rank_zero_first():
+            self._open()
 
     def has(self, batch: int) -> bool:
         """Whether batch number `batch` is complete."""
         return self._batch_file(batch).is_file()
+
+    def batches(self) -> int:
+        """How many batches are complete, from the first on without a gap."""
+        return next(batch for batch in itertools.count() if not self.has(batch))
 
     def write(self, batch: int, inverted: InvertedBatch) -> None:
         """Add a batch: its images first, then the file that makes it count."""
@@ -91,14 +98,15 @@ class ImagePool:
         }
         write_json(self._batch_file(batch), record)
 
-    def read(self, count: int) -> SparseImages:
-        """The first `count` images as 8-bit PNG holds them: kept patches, positions, labels.
+    def read(self, count: int, first: int = 0) -> SparseImages:
+        """Images `first` .. `count - 1` as 8-bit PNG holds them: kept patches, positions, labels.
 
         Raises:
             UserError: an image or a record that is missing or damaged.
         """
         patches, positions, labels = [], [], []
-        for record in self._records(count):
+        skipped = first // self.config.batch_size * self.config.batch_size
+        for record in self._records(count, first):
             files = [
                 self.path / self._image_name(record["batch"], index, label)
                 for index, label in enumerate(record["labels"])
@@ -109,7 +117,8 @@ class ImagePool:
             patches.append(self.grid.patchify(normalized)[torch.arange(len(kept))[:, None], kept])
             positions.append(kept)
             labels.append(torch.tensor(record["labels"]))
-        return SparseImages(*(torch.cat(parts)[:count] for parts in (patches, positions, labels)))
+        wanted = slice(first - skipped, count - skipped)
+        return SparseImages(*(torch.cat(parts)[wanted] for parts in (patches, positions, labels)))
 
     def losses(self, count: int) -> torch.Tensor:
         """Loss at every iteration of the batches that hold the first `count` images: (batches, iterations)."""
@@ -127,8 +136,8 @@ class ImagePool:
             write_json(file, self.description)
         (self.path / "batches").mkdir(exist_ok=True)
 
-    def _records(self, count: int) -> Iterator[dict]:
-        for batch in range(-(-count // self.config.batch_size)):
+    def _records(self, count: int, first: int = 0) -> Iterator[dict]:
+        for batch in range(first // self.config.batch_size, -(-count // self.config.batch_size)):
             file = self._batch_file(batch)
             record = read_json(file)
             lists = [record.get(key) for key in ("labels", "kept_positions", "losses")]

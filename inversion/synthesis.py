@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from inversion.engine import Inverter, Progress
 from inversion.pool import ImagePool
 from utils.device import peak_memory_bytes, reset_peak_memory
 from utils.errors import UserError
+from utils.ranks import rank, ranks, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class SynthesisReport:
 def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, quiet: bool = False) -> SynthesisReport:
     """Make sure that `pool` holds its first `count` images; finished batches are taken as they are.
 
+    Several ranks divide the missing batches; a batch depends on its number alone, so the images are the same.
+
     Args:
         pool: where the images go, with the model and the configuration they come from.
         count: images; a last batch is synthesized whole.
@@ -44,25 +48,30 @@ def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, qui
         quiet: no progress bar.
 
     Raises:
-        UserError: another process is filling the pool, or the loss is no longer finite.
+        UserError: another process is filling the pool, the loss is no longer finite, or more ranks than batches.
     """
     config = pool.config
     inverter = Inverter(pool.model, config, device)
     batches = range(math.ceil(count / config.batch_size))
+    if ranks() > len(batches):
+        raise UserError(
+            f"{ranks()} ranks for {len(batches)} batches of {config.batch_size} images; "
+            "start fewer, or ask for smaller batches or more images"
+        )
     with open(pool.path / "pool.json") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is filling {pool.path}; wait for it or give another --datapool") from None
+        if rank() == 0:
+            _lock(held, pool)
         missing = [batch for batch in batches if not pool.has(batch)]
-        with tqdm(
-            total=len(missing) * config.iterations, unit="it", disable=quiet or not missing, desc="inversion"
-        ) as bar:
+        wait_for_all()  # before anyone adds one
+        missing = missing[rank() :: ranks()]
+        quiet = quiet or not missing or rank() > 0
+        with tqdm(total=len(missing) * config.iterations, unit="it", disable=quiet, desc="inversion") as bar:
             for number, batch in enumerate(missing):
                 reset_peak_memory(device)
                 start = time.perf_counter()
                 pool.write(batch, inverter.invert(batch, _shown(bar, number * config.iterations)))
                 _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
+        wait_for_all()
     logged = _logged(log, pool)
     known = [logged[batch] for batch in batches if batch in logged]
     return SynthesisReport(
@@ -75,6 +84,13 @@ def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, qui
         peak_memory_bytes=max((entry["peak_memory_bytes"] for entry in known), default=peak_memory_bytes(device)),
         pool=str(pool.path),
     )
+
+
+def _lock(file: TextIO, pool: ImagePool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is filling {pool.path}; wait for it or give another --datapool") from None
 
 
 def _shown(bar: tqdm, offset: int):

@@ -222,7 +222,6 @@ class SparseViT(nn.Module):
         x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
         return self.norm_pre(self.tap_embed(x))
 
-
     def _prefix_and_positions(self) -> tuple[Tensor, Tensor | None]:
         """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
         prefix = torch.cat([self.cls_token] + ([] if self.other_tokens is None else [self.other_tokens]), dim=1)

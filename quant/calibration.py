@@ -8,6 +8,7 @@ from models import SparseImages, SparseViT
 from quant.insert import quantized_vit, quantizers
 from quant.quantizers import OBSERVERS
 from utils.errors import UserError
+from utils.ranks import rank, ranks
 
 BITS = (*range(2, 9), 32)
 
@@ -25,7 +26,8 @@ def calibrate(
 ) -> SparseViT:
     """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed.
 
-    The weights are quantized first, so that the ranges are those of the model that will run.
+    The weights are quantized first, so that the ranges are those of the model that will run. Several ranks divide the
+    batches and end with the same ranges.
 
     Args:
         vit: the full-precision model, on its device.
@@ -36,13 +38,18 @@ def calibrate(
         batch_size: images a forward pass.
 
     Raises:
-        UserError: widths out of range, or no images.
+        UserError: widths out of range, no images, or more ranks than batches.
     """
     check_bits(w_bit, a_bit)
     if not len(images):
         raise UserError("there are no calibration images")
     quantized = quantized_vit(vit, w_bit, a_bit, OBSERVERS[observer])
-    for batch in images.batches(batch_size):
+    batches = images.batches(batch_size)
+    if ranks() > len(batches):
+        raise UserError(
+            f"{ranks()} ranks for {len(batches)} calibration batches; start fewer or lower --calib-batchsize"
+        )
+    for batch in batches[rank() :: ranks()]:
         quantized(batch.patches.to(vit.device), batch.positions.to(vit.device))
     for quantizer in quantizers(quantized).values():
         quantizer.freeze()

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import SparseViT
+from utils.ranks import rank, summed
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def evaluate(
 
     Args:
         models: name -> model, in float32 on `device`.
-        data: batches of normalized images (B, C, H, W) and labels (B,).
+        data: batches of normalized images (B, C, H, W) and labels (B,); of several ranks, each has its own part.
         device: where the models are.
         quiet: no progress bar.
 
@@ -29,7 +30,7 @@ def evaluate(
     """
     sums = {name: [0.0, 0.0, 0.0] for name in models}
     images_seen = 0
-    for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet):
+    for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet or rank() > 0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images_seen += len(labels)
         for name, model in models.items():
@@ -38,6 +39,8 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss]).tolist()
             sums[name] = [total + value for total, value in zip(sums[name], seen, strict=True)]
+    images_seen = round(summed([images_seen], device)[0])
+    sums = {name: summed(total, device) for name, total in sums.items()}
     return {
         name: {
             "top1": round(100 * total[0] / images_seen, 3),

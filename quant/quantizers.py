@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from utils.ranks import highest, lowest
+
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -17,7 +19,7 @@ class Observer(Protocol):
         """Take a tensor of any shape into account."""
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value to represent, scalars."""
+        """Lowest and highest value to represent, scalars; what every rank observed counts."""
 
 
 class MinMaxObserver:
@@ -31,7 +33,7 @@ class MinMaxObserver:
         self.low, self.high = torch.minimum(self.low.to(low), low), torch.maximum(self.high.to(high), high)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        return self.low, self.high
+        return lowest(self.low), highest(self.high)
 
 
 OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMaxObserver}

@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from models import load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
-from utils.cli import Parser, natural, positive
+from utils.checkpoint import configuration, read_checkpoint, write_checkpoint
+from utils.cli import Parser, natural, positive, rate
 from utils.data import limited, load_split, loader
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
-from utils.files import atomic, writable_folder, write_json
+from utils.files import writable_folder, write_json
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-CHECKPOINT = "checkpoint.pt"
 EVAL_BATCH_SIZE = 200
 
 # Flags that say where and how fast, not what: a run may go on with others.
@@ -84,14 +84,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.flip is None:
         args.flip = args.data != "digits"
     return args
-
-
-def rate(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def share(text: str) -> float:
@@ -246,36 +238,6 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What makes two runs the same."""
-    return {key: value for key, value in vars(args).items() if key not in NOT_CONFIGURATION}
-
-
-def read_checkpoint(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The last finished epoch of the run in `folder`, None where there is none yet.
-
-    Raises:
-        UserError: the folder holds a run with other flags, a damaged checkpoint, or a model but no checkpoint.
-    """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        if (folder / "model.safetensors").exists():
-            raise UserError(f"--output {folder} holds a model that this command did not make; give another folder")
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = checkpoint["config"], checkpoint["state"]
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise UserError(f"cannot read {path} ({type(error).__name__}); give another --output or remove it") from None
-    for key in config | found:
-        if config.get(key) != found.get(key):
-            raise UserError(
-                f"--output {folder} holds a run with --{key} {found.get(key)}, not {config.get(key)}; "
-                "give another folder, or the same flags to go on with it"
-            )
-    return state
-
-
 def save_model(vit: VisionTransformer, labels: list[str], args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
     if args.init == "scratch":  # nothing is left of the weights that this licence is for
@@ -289,9 +251,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate after each epoch, save."""
     args = parse_arguments(argv)
     classes = count_classes(args.data, args.dataset)
-    config = configuration(args)
+    config = configuration(args, without=NOT_CONFIGURATION)
     folder = writable_folder(args.output, "--output")
-    state = read_checkpoint(folder, config)
+    state = read_checkpoint(folder, config, made_by_run="model.safetensors")
     seed_all(args.seed)
     loaded = load_model(args.model, args.model_path, random_weights=args.init == "scratch", classes=classes)
     train, test, labels = load_data(args, loaded.preprocessing, classes)
@@ -301,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"going on after epoch {len(trainer.history)} of {args.epochs}")
     while len(trainer.history) < args.epochs:
         trainer.run_epoch(test)
-        with atomic(folder / CHECKPOINT) as partial:
-            torch.save({"config": config, "state": trainer.state_dict()}, partial)
+        write_checkpoint(folder, config, trainer.state_dict())
         last = trainer.history[-1]
         print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
     save_model(trainer.vit, labels, args, folder)

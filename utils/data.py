@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
+from utils.ranks import rank, ranks
 
 CIFAR = {"cifar10": (CIFAR10, "cifar-10-batches-py"), "cifar100": (CIFAR100, "cifar-100-python")}
 SPLITS = {"train": ("train",), "test": ("val", "test")}
@@ -108,8 +109,12 @@ def limited(dataset: Dataset, limit: int | None) -> Dataset:
 
 
 def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """A loader in the data set's own order; sets held in memory are read without worker processes."""
-    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    """A loader of this rank's share, in the data set's own order; sets in memory are read without worker processes."""
+    if ranks() > 1:
+        dataset = Subset(dataset, range(rank(), len(dataset), ranks()))
+    base = dataset
+    while isinstance(base, Subset):
+        base = base.dataset
     workers = 0 if isinstance(base, Digits) else min(workers, os.cpu_count() or 1)
     return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         # DataLoader workers wrap the message in a traceback; its last line is the message itself.
         line = str(error).strip().splitlines()[-1].removeprefix("utils.errors.UserError: ")
-        print(f"error: {line}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print("error: " + ("" if rank == "0" else f"rank {rank}: ") + line, file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; finished batches are kept, the same command goes on from there", file=sys.stderr)

@@ -1,0 +1,89 @@
+"""Random changes of kept patches. Teacher and student see the same changed image, so no change makes a label wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Generator, Tensor
+
+from models import PatchGrid, SparseImages
+
+Augmentation = Callable[[SparseImages, PatchGrid, Generator], SparseImages]
+
+
+def flip(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Mirror half of the images: the pixels of every patch, and its column."""
+    chosen = torch.randint(0, 2, (len(images), 1), generator=generator).bool()
+    rows, cols = images.positions // grid.cols, images.positions % grid.cols
+    positions = torch.where(chosen, rows * grid.cols + grid.cols - 1 - cols, images.positions)
+    patches = torch.where(chosen[..., None, None, None], images.patches.flip(-1), images.patches)
+    return SparseImages(patches, positions, images.labels)
+
+
+def shift(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Move the patches of each image by up to an eighth of the grid, at least one patch; the grid wraps around."""
+    most_rows, most_cols = max(1, grid.rows // 8), max(1, grid.cols // 8)
+    dy = torch.randint(-most_rows, most_rows + 1, (len(images), 1), generator=generator)
+    dx = torch.randint(-most_cols, most_cols + 1, (len(images), 1), generator=generator)
+    rows = (images.positions // grid.cols + dy) % grid.rows
+    cols = (images.positions % grid.cols + dx) % grid.cols
+    return SparseImages(images.patches, rows * grid.cols + cols, images.labels)
+
+
+def mix(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Blend each image with another that keeps the same number of patches, patch by patch, by a share from U(0, 1)."""
+    other = torch.randperm(len(images), generator=generator)
+    share = torch.rand(len(images), 1, 1, 1, 1, generator=generator)
+    return SparseImages(images.patches.lerp(images.patches[other], share), images.positions, images.labels)
+
+
+def grey(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Replace the channels of half of the images by their mean."""
+    chosen = torch.randint(0, 2, (len(images), 1, 1, 1, 1), generator=generator).bool()
+    mean = images.patches.mean(dim=2, keepdim=True).expand_as(images.patches)
+    return SparseImages(torch.where(chosen, mean, images.patches), images.positions, images.labels)
+
+
+def contrast(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Scale the normalized pixels of each image by a factor from U(0.5, 1.5) and move them by one from U(-0.5, 0.5)."""
+    factor = 0.5 + torch.rand(len(images), 1, 1, 1, 1, generator=generator)
+    offset = torch.rand(len(images), 1, 1, 1, 1, generator=generator) - 0.5
+    return SparseImages(images.patches * factor + offset, images.positions, images.labels)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "flip": flip,
+    "shift": shift,
+    "mix": mix,
+    "grey": grey,
+    "contrast": contrast,
+}
+
+
+def augmented(images: SparseImages, grid: PatchGrid, names: Collection[str], generator: Generator) -> SparseImages:
+    """The images after the named changes, one after another.
+
+    Args:
+        images: on the CPU.
+        grid: the patch grid that positions count in.
+        names: keys of `AUGMENTATIONS`.
+        generator: where the random numbers come from.
+    """
+    for name in names:
+        images = AUGMENTATIONS[name](images, grid, generator)
+    return images
+
+
+def drawn(images: SparseImages, count: int, generator: Generator) -> SparseImages:
+    """`count` images drawn from all of them, none twice while there are enough."""
+    if count <= len(images):
+        index = torch.randperm(len(images), generator=generator)[:count]
+    else:
+        index = torch.randint(len(images), (count,), generator=generator)
+    return take(images, index)
+
+
+def take(images: SparseImages, index: Tensor | slice) -> SparseImages:
+    """The images at `index`."""
+    return SparseImages(images.patches[index], images.positions[index], images.labels[index])

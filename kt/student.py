@@ -1,0 +1,76 @@
+"""The student: which model it is, where its weights start, and how it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from timm.models import save_for_hf
+from torch import nn
+
+from models import DEFAULT_MODEL, LoadedModel, load_model
+from models.registry import NAMED_MODELS, WEIGHTS_DIR
+from utils.errors import UserError
+
+BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
+"""Trained on rendered letters; the student of the bundled teacher starts from it."""
+
+
+def load_student(
+    teacher: LoadedModel, name: str | None, path: str | Path | None, init: str, finetune: str
+) -> LoadedModel:
+    """A student with a new head for the teacher's classes.
+
+    Args:
+        teacher: whose task it will learn.
+        name: an architecture that `load_model` knows; the teacher's own if None.
+        path: backbone weights, a file or a folder; None takes timm's, or the bundled one for the bundled teacher.
+        init: `pretrained` or `scratch`.
+        finetune: `linear` lets the head alone learn, `full` everything.
+
+    Raises:
+        UserError: no pretrained backbone to start from, or a student that cannot see the teacher's patches.
+    """
+    scratch = init == "scratch"
+    if scratch and path is not None:
+        raise UserError("--student_init scratch starts from random weights; leave out --student_path")
+    if scratch and finetune == "linear":
+        raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
+    if not scratch and path is None:
+        path = _backbone(teacher, name)
+    student = load_model(name or teacher.name, path, random_weights=scratch, classes=teacher.classes)
+    ours, theirs = (model.vit.patch_embed for model in (student, teacher))
+    if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
+        raise UserError(
+            f"the student {student.name} has {ours.img_size[0]} px images in patches of {ours.patch_size[0]}, the "
+            f"teacher {teacher.name} has {theirs.img_size[0]} in patches of {theirs.patch_size[0]}; "
+            "both are fed the same patches"
+        )
+    student.vit.reset_classifier(teacher.classes)
+    heads = {id(p) for name in ("head", "head_dist") for p in getattr(student.vit, name, nn.Identity()).parameters()}
+    for parameter in student.vit.parameters():
+        parameter.requires_grad_(finetune == "full" or id(parameter) in heads)
+    return student
+
+
+def save_student(student: LoadedModel, teacher: LoadedModel, folder: Path, **facts: object) -> None:
+    """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
+
+    The student reads images normalized as the teacher's are.
+    """
+    ways = teacher.preprocessing
+    config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
+    config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
+    student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
+    save_for_hf(student.vit, folder, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
+
+
+def _backbone(teacher: LoadedModel, name: str | None) -> Path | None:
+    """Weights of the default student; None where timm has them. Never the teacher's own: that would teach nothing."""
+    if (name or teacher.name) == DEFAULT_MODEL:
+        return BUNDLED_BACKBONE
+    if name is None and not (teacher.name in NAMED_MODELS and teacher.dataset in ("cifar10", "cifar100")):
+        raise UserError(
+            f"a student of {teacher.name} would start from the teacher's own weights; "
+            "give --student NAME, --student_path PATH, or --student_init scratch --finetune full"
+        )
+    return None

@@ -1,0 +1,280 @@
+"""Knowledge transfer: the loss, the changes of images, the student, and the loop that a user runs."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import test_kt
+import test_quant
+from kt import AUGMENTATIONS, Distiller, augmented, distillation_loss, load_student, save_student
+from models import PatchGrid, SparseImages, SparseViT, load_model
+from tests.conftest import ROOT, run_script, tiny_model
+from utils.errors import UserError
+
+GRID = PatchGrid(4, 4, 8, 8)
+CPU = torch.device("cpu")
+FAST = ["--iterations", 4, "--inversion-batchsize", 4, "--images_per_epoch", 8, "--kr-batchsize", 4, "--val_limit", 40]
+SCRATCH = ["--student_init", "scratch", "--finetune", "full", "--lr", 0.01]
+
+
+def kept_images(count=6, kept=10) -> SparseImages:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.stack([torch.randperm(16, generator=generator)[:kept].sort().values for _ in range(count)])
+    return SparseImages(torch.randn(count, kept, 3, 8, 8, generator=generator), positions, torch.zeros(count).long())
+
+
+def whole(images: SparseImages) -> torch.Tensor:
+    return GRID.unpatchify(images.patches, images.positions)
+
+
+def kt(tmp_path: Path, *args, output="out", pool="pool") -> dict:
+    """Run test_kt.py in this process."""
+    folders = ["--datapool", tmp_path / pool, "--output", tmp_path / output]
+    return test_kt.main([str(arg) for arg in (*FAST, *SCRATCH, *folders, *args)])
+
+
+def pool_files(root: Path) -> dict[str, bytes]:
+    """Everything that a pool holds."""
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+
+
+def torchrun(ranks: int, script: str, *args, timeout=120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_the_loss_is_the_formula():
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64).unbind(0)
+    p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
+    expected = 9 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, 3.0), expected)
+    assert distillation_loss(teacher, teacher, 3.0).abs() < 1e-12
+
+
+def test_flip_mirrors_whole_images():
+    images = kept_images(20)
+    flipped = whole(AUGMENTATIONS["flip"](images, GRID, torch.Generator().manual_seed(1)))
+    kinds = {
+        "same" if torch.equal(a, b) else "mirrored" if torch.equal(a, b.flip(-1)) else "wrong"
+        for a, b in zip(flipped, whole(images), strict=True)
+    }
+    assert kinds == {"same", "mirrored"}
+
+
+def test_shift_rolls_by_whole_patches():
+    images = kept_images(40)
+    moved = whole(AUGMENTATIONS["shift"](images, GRID, torch.Generator().manual_seed(1)))
+    rolls = [(8 * dy, 8 * dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    found = {
+        next(roll for roll in rolls if torch.equal(a, b.roll(roll, (-2, -1))))
+        for a, b in zip(moved, whole(images), strict=True)
+    }
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_is_reproducible_and_leaves_the_images_alone(name):
+    images, before = kept_images(), kept_images()
+    first, again = (augmented(images, GRID, [name], torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first.patches, again.patches)
+    assert torch.equal(first.positions, again.positions)
+    assert not (torch.equal(first.patches, images.patches) and torch.equal(first.positions, images.positions))
+    assert torch.equal(images.patches, before.patches)
+    assert torch.equal(images.positions, before.positions)
+
+
+@pytest.mark.parametrize("finetune", ["linear", "full"])
+def test_what_learns_is_what_was_asked_for(finetune):
+    teacher, student = tiny_model(), tiny_model()
+    heads = {"head.weight", "head.bias"}
+    for name, parameter in student.vit.named_parameters():
+        parameter.requires_grad_(finetune == "full" or name in heads)
+    torch.nn.init.zeros_(student.vit.head.weight)
+    before = {key: value.clone() for key, value in student.vit.state_dict().items()}
+    Distiller(teacher, student, CPU, batch_size=4, lr=0.1).run(kept_images(), 2)
+    changed = {key for key, value in student.vit.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == (heads if finetune == "linear" else set(before))
+
+
+def test_the_teacher_is_left_alone():
+    teacher = tiny_model()
+    before = teacher.fingerprint()
+    Distiller(teacher, load_student(teacher_like(), None, None, "scratch", "full"), CPU, batch_size=4)
+    assert teacher.fingerprint() == before
+
+
+def teacher_like():
+    return load_model("deit_nano_4_digits")
+
+
+def test_a_student_learns_the_teacher_on_the_images_it_sees():
+    teacher, student = tiny_model(), tiny_model()
+    torch.nn.init.zeros_(student.vit.head.weight)
+    student.vit.requires_grad_(True)
+    distiller = Distiller(teacher, student, CPU, batch_size=6, optimizer="adamw", lr=1e-3, augment=())
+    first = distiller.run(kept_images(), 1)
+    distiller.run(kept_images(), 60)
+    assert distiller.run(kept_images(), 1) < 0.05 * first
+
+
+def test_a_saved_student_is_loaded_by_timm(tmp_path):
+    teacher, student = tiny_model(), tiny_model()
+    save_student(student, teacher, tmp_path / "student", top1=12.5)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), student.vit(images))
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["top1"] == 12.5
+    assert list(loaded.pretrained_cfg["mean"]) == list(teacher.preprocessing.mean)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ((None, None, "scratch", "linear"), "--finetune full"),
+        ((None, "x.pth", "scratch", "full"), "--student_path"),
+        ((None, "x.pth", "pretrained", "full"), "does not exist"),
+        (("deit_tiny_patch16_224", None, "scratch", "full"), "same patches"),
+    ],
+)
+def test_students_that_cannot_be_are_refused(args, why):
+    with pytest.raises(UserError, match=why):
+        load_student(teacher_like(), *args)
+
+
+def test_a_student_never_starts_from_the_teachers_own_weights(tmp_path):
+    save_student(tiny_model(), tiny_model(), tmp_path / "teacher")
+    teacher = load_model(f"local-dir:{tmp_path / 'teacher'}")
+    with pytest.raises(UserError, match="teacher's own weights"):
+        load_student(teacher, None, None, "pretrained", "linear")
+
+
+def test_the_run_reports_and_saves_what_it_says(tmp_path):
+    report = kt(tmp_path, "--epochs", 3, "--kd_steps", 2, "--eval_every", 2)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["task"] == "kt"
+    assert report["teacher"]["top1"] > 90
+    assert report["pool"]["images"] == 24
+    assert report["synthesis"]["seconds"] > 0
+    assert report["distill"]["seconds"] > 0
+    assert [entry["images"] for entry in report["history"]] == [8, 16, 24]
+    tops = [entry["top1"] for entry in report["history"]]
+    assert tops[0] is None
+    assert report["student"] == {"top1": tops[2], "best_top1": max(tops[1:])}
+    vit = timm.create_model(f"local-dir:{tmp_path / 'out' / 'student'}", pretrained=True).eval()
+    assert vit.num_classes == 10
+    assert json.loads((tmp_path / "out" / "student" / "config.json").read_text())["top1"] == max(tops[1:])
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_noise_and_real_images_need_no_pool(tmp_path, mode):
+    report = kt(tmp_path, "--epochs", 2, "--mode", mode, "--max_images", 20)
+    assert report["images"] == test_quant.MODES[mode]
+    assert report["pool"] == {"images": 20, "path": None}
+    assert not (tmp_path / "pool").exists()
+
+
+def test_an_existing_pool_is_used_without_adding_to_it(tmp_path):
+    kt(tmp_path, "--epochs", 2)
+    before = pool_files(tmp_path / "pool")
+    report = kt(tmp_path, "--epochs", 3, "--images_per_epoch", 0, output="again")
+    assert report["pool"]["images"] == 16
+    assert pool_files(tmp_path / "pool") == before
+
+
+def test_an_empty_pool_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        kt(tmp_path, "--images_per_epoch", 0)
+
+
+def test_other_flags_in_the_same_output_are_refused(tmp_path):
+    kt(tmp_path, "--epochs", 1)
+    with pytest.raises(UserError, match="--lr"):
+        kt(tmp_path, "--epochs", 2, "--lr", 0.5)
+
+
+def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
+    arguments = [*FAST, *SCRATCH, "--epochs", 6]
+
+    def command(name: str) -> list[str]:
+        return list(map(str, [*arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name]))
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen(
+        [sys.executable, "test_kt.py", *command("killed")], cwd=ROOT, env=env, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed" / "report.json").exists()
+    killed, straight = (run_script("test_kt.py", *command(name)) for name in ("killed", "straight"))
+    assert killed.returncode == straight.returncode == 0, killed.stderr
+    assert "going on after epoch" in killed.stdout
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "straight")]
+    assert reports[0]["history"] == reports[1]["history"]
+    assert reports[0]["student"] == reports[1]["student"]
+    assert pool_files(tmp_path / "killed-pool") == pool_files(tmp_path / "straight-pool")
+
+
+def test_two_ranks_transfer_as_one_does(tmp_path):
+    arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2]
+    for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
+        result = run("test_kt.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("student, best") == 1
+    assert pool_files(tmp_path / "one-pool") == pool_files(tmp_path / "two-pool")
+    one, two = (
+        timm.create_model(f"local-dir:{tmp_path / name / 'student'}", pretrained=True) for name in ("one", "two")
+    )
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["teacher"] == pytest.approx(reports[1]["teacher"])
+    assert reports[0]["student"]["best_top1"] == pytest.approx(reports[1]["student"]["best_top1"], abs=5)
+    for (key, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_two_ranks_quantize_as_one_does(tmp_path):
+    arguments = ["--iterations", 4, "--calib-batchsize", 4, "--num_images", 12, "--a_bit", 4, "--val_limit", 41]
+    reports = []
+    for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
+        result = run("test_quant.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert pool_files(tmp_path / "one-pool") == pool_files(tmp_path / "two-pool")
+    for key, part in itertools.product(("fp", "quant"), ("top1", "top5", "loss", "images")):
+        assert reports[0][key][part] == pytest.approx(reports[1][key][part]), (key, part)
+
+
+def test_more_ranks_than_batches_is_one_clear_error(tmp_path):
+    arguments = ["--iterations", 4, "--datapool", tmp_path / "pool", "--output", tmp_path / "out", "--val_limit", 10]
+    result = torchrun(2, "test_quant.py", *arguments)
+    assert result.returncode != 0
+    assert "error: 2 ranks for 1 batches" in result.stderr
+
+
+def test_the_command_line_speaks_of_missing_teachers(tmp_path):
+    result = run_script("test_kt.py", "--model", "deit_tiny_16_cifar10", "--model_path", tmp_path / "none")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --model_path")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_student_is_a_sparse_vit_like_any_other():
+    student = load_student(teacher_like(), None, None, "scratch", "full")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(SparseViT(student.vit).forward_images(images), student.vit(images), rtol=1e-4, atol=1e-4)
