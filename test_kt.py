@@ -119,10 +119,11 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         "history": progress.history,
         "versions": versions(),
     }
+    shown = source.upto(0)
     if rank() == 0:
         facts = {"top1": progress.best_top1, "test_images": len(limited(test_set, args.val_limit))}
         save_student(student, teacher, output / "student", **facts)
-        save_pictures(teacher, distiller.teacher, source.upto(0), output)
+        save_pictures(teacher, distiller.teacher, shown, output)
         write_json(output / "report.json", report)
     print_summary(report, output)
     return report
