@@ -83,12 +83,27 @@ def test_defaults_are_the_published_ones():
     assert args.datapool == "./datapool"
 
 
-@pytest.mark.parametrize("script", ["test_quant.py", "scripts/compare.py", "scripts/train_teacher.py"])
+@pytest.mark.parametrize("script", ["test_quant.py", "test_kt.py", "scripts/compare.py", "scripts/train_teacher.py"])
 def test_help_explains_every_flag(script):
     result = run_script(script, "--help")
     assert result.returncode == 0
     assert "--seed" in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("script", ["bench_inversion", "profile_inversion"])
+def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
+    """What they measure means nothing here; that they measure it does."""
+    flags = ["--batch", 2, "--repeats", 1, *(["--output", tmp_path] if script == "bench_inversion" else [])]
+    result = run_script(f"scripts/{script}.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "s/iteration" in result.stdout
+    if script == "bench_inversion":
+        report = json.loads(next(tmp_path.glob("*.json")).read_text())
+        assert {"dense", "final_stage", "schedule_vs_reference_dense"} <= report["speedup"].keys()
+        row = {"name", "stage_patches", "seconds_per_iteration", "peak_memory_bytes", "flops", "share_of_peak"}
+        assert len(report["rows"]) == 10
+        assert all(row <= found.keys() for found in report["rows"])
 
 
 def wrong(flags: list[str], *expected: str):
