@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import re
 import time
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, device: torch.device) -> dict:
     """The task on one rank."""
-    config = inversion_config(args, args.inversion_batchsize, pick_dtype(args.dtype, device))
+    dtype = pick_dtype(args.dtype, device)
+    config = inversion_config(args, args.inversion_batchsize, dtype, adversary(args))
     seed_all(args.seed)
     teacher = load_model(args.model, args.model_path)
     images = config.strategy_name if args.mode == 0 else MODES[args.mode]
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     test_set = load_split("test", teacher.dataset, args.dataset, transform, teacher.classes)
     data = loader(limited(test_set, args.val_limit), args.val_batchsize, args.num_workers)
     student = load_student(teacher, args.student, args.student_path, args.student_init, args.finetune)
-    source = image_source(teacher, config, args, device, output)
+    source = image_source(teacher, student, config, args, device, output)
     distiller = Distiller(
         teacher,
         student,
@@ -203,8 +206,10 @@ class ImageSource:
 class PoolSource(ImageSource):
     """Inverted images; every epoch adds some."""
 
-    def __init__(self, pool: ImagePool, device: torch.device, log: Path, per_epoch: int, most: int | None) -> None:
-        self.pool, self.device, self.log, self.per_epoch = pool, device, log, per_epoch
+    def __init__(
+        self, pool: ImagePool, student: LoadedModel, device: torch.device, log: Path, per_epoch: int, most: int | None
+    ) -> None:
+        self.pool, self.student, self.device, self.log, self.per_epoch = pool, student, device, log, per_epoch
         self.most = math.inf if most is None else most
         self.path = str(pool.path)
         self.images: SparseImages | None = None
@@ -217,13 +222,13 @@ class PoolSource(ImageSource):
             raise UserError(f"{self.path} holds no images; raise --images_per_epoch above 0 or give another --datapool")
         if count > have:
             if self.per_epoch:
-                synthesize(self.pool, count, self.device, self.log, quiet=True)
+                synthesize(self.pool, count, self.device, self.log, quiet=True, student=self.student)
             new = self.pool.read(count, first=have)
             self.images = new if self.images is None else joined(self.images, new)
         return self.images
 
     def report(self, count: int) -> dict:
-        return asdict(synthesize(self.pool, count, self.device, self.log, quiet=True))
+        return asdict(synthesize(self.pool, count, self.device, self.log, quiet=True, student=self.student))
 
 
 def joined(first: SparseImages, second: SparseImages) -> SparseImages:
@@ -232,14 +237,27 @@ def joined(first: SparseImages, second: SparseImages) -> SparseImages:
     return SparseImages(*(torch.cat(pair) for pair in pairs))
 
 
+def adversary(args: argparse.Namespace) -> str | None:
+    """What the images of the adversarial loss depend on: the student, and all that it learns from before them."""
+    if not args.adv:
+        return None
+    config = configuration(args, (*NOT_CONFIGURATION, "datapool", "eval_every", "val_limit", "dataset"))
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def image_source(
-    teacher: LoadedModel, config: InversionConfig, args: argparse.Namespace, device: torch.device, output: Path
+    teacher: LoadedModel,
+    student: LoadedModel,
+    config: InversionConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+    output: Path,
 ) -> ImageSource:
     """The images that `--mode` asks for."""
     if args.mode == 0:
         with rank_zero_first():
             pool = ImagePool(args.datapool, teacher, config)
-        return PoolSource(pool, device, output / "synthesis.jsonl", args.images_per_epoch, args.max_images)
+        return PoolSource(pool, student, device, output / "synthesis.jsonl", args.images_per_epoch, args.max_images)
     if args.mode == 1:
         count = args.max_images or args.epochs * args.images_per_epoch
         return ImageSource(noise_images(teacher, count, args.seed))

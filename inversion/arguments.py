@@ -13,7 +13,7 @@ WEIGHT_HELP = {
     "tv2": "weight of the l2 total variation",
     "l2": "weight of the l2 norm of the pixels",
     "bn": "weight of batch-norm statistics of a CNN (not available yet: only 0)",
-    "adv": "weight of the adversarial term against a student (not available yet: only 0)",
+    "adv": "weight of 1 - Jensen-Shannon divergence between teacher and student (test_kt.py)",
 }
 
 
@@ -38,11 +38,19 @@ def add_inversion_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--iterations", type=positive, default=defaults.iterations, help="optimizer steps per image")
     parser.add_argument("--lr_g", type=float, default=defaults.lr, help="Adam's learning rate, in normalized pixels")
+    parser.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.flip,
+        help="mirror the image in half of the iterations; digits and letters are better without",
+    )
     for name, text in WEIGHT_HELP.items():
         parser.add_argument(f"--{name}", type=float, default=DEFAULT_WEIGHTS.get(name, 0.0), help=text)
 
 
-def inversion_config(args: argparse.Namespace, batch_size: int, dtype: str) -> InversionConfig:
+def inversion_config(
+    args: argparse.Namespace, batch_size: int, dtype: str, student: str | None = None
+) -> InversionConfig:
     """The configuration that parsed flags ask for. Raises `UserError` where they make no sense."""
     return InversionConfig(
         iterations=args.iterations,
@@ -50,6 +58,8 @@ def inversion_config(args: argparse.Namespace, batch_size: int, dtype: str) -> I
         weights={name: getattr(args, name) for name in WEIGHT_HELP},
         prune_it=tuple(args.prune_it),
         prune_ratio=tuple(args.prune_ratio),
+        flip=args.flip,
+        student=student,
         batch_size=batch_size,
         seed=args.seed,
         dtype=dtype,

@@ -29,13 +29,13 @@ class Jitter(NamedTuple):
     flip: bool | Tensor
 
 
-def draw_jitters(count: int, grid: PatchGrid, generator: torch.Generator) -> list[Jitter]:
-    """`count` draws: rolls uniform in [-H/8, H/8] and [-W/8, W/8] pixels, flips with probability 1/2."""
+def draw_jitters(count: int, grid: PatchGrid, generator: torch.Generator, flip: bool = True) -> list[Jitter]:
+    """`count` draws: rolls uniform in [-H/8, H/8] and [-W/8, W/8] pixels, flips (if `flip`) with probability 1/2."""
     height, width = (size // 8 for size in grid.image_size)
     rows = torch.randint(-height, height + 1, (count,), generator=generator).tolist()
     cols = torch.randint(-width, width + 1, (count,), generator=generator).tolist()
     flips = torch.randint(0, 2, (count,), generator=generator).tolist()
-    return [Jitter(dy, dx, bool(flip)) for dy, dx, flip in zip(rows, cols, flips, strict=True)]
+    return [Jitter(dy, dx, flip and bool(flipped)) for dy, dx, flipped in zip(rows, cols, flips, strict=True)]
 
 
 def split_roll(roll: int | Tensor, patch: int) -> tuple[int, int] | tuple[Tensor, Tensor]:

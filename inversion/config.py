@@ -26,6 +26,9 @@ class InversionConfig:
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     prune_it: tuple[int, ...] = (-1,)
     prune_ratio: tuple[float, ...] = (0.0,)
+    flip: bool = True
+    student: str | None = None
+    """What the student of the adversarial loss is and how it learns; None without that loss."""
     batch_size: int = 32
     seed: int = 0
     dtype: str = "float32"
@@ -42,6 +45,8 @@ class InversionConfig:
                 raise UserError(f"--{name} {weight} is not a weight of 0 or more")
             if weight and name not in LOSSES:
                 raise UserError(f"--{name} is not available; the losses are {', '.join(LOSSES)}")
+        if bool(self.weights.get("adv")) != (self.student is not None):
+            raise UserError("--adv needs a student to disagree with; test_kt.py has one")
         if not any(self.weights.values()):
             raise UserError("every loss weight is 0; give at least --oh")
         check_schedule(self.iterations, self.prune_it, self.prune_ratio)

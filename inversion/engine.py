@@ -49,21 +49,29 @@ class Inverter:
         model: what `load_model` gave; its weights are copied to `device` in the configured dtype, and frozen.
         config: the inversion.
         device: where to run.
+        student: as it is now; what the adversarial loss looks for disagreement with.
     """
 
-    def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: LoadedModel, config: InversionConfig, device: torch.device, student: LoadedModel | None = None
+    ) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.dtype)
-        vit = SparseViT(model.vit)
-        if device.type == "cpu":
-            keep_freed_memory()
-            pack_blocks(vit, self.dtype)
-        self.vit = copy.deepcopy(vit).to(device, self.dtype).requires_grad_(False)
+        self.vit = self._frozen(model)
+        self.student = self._frozen(student) if config.weights.get("adv") else None
         self.strategy = config.strategy()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
         self.losses = [(weight, LOSSES[name]) for name, weight in config.weights.items() if weight]
         black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
         self.pixel_range = black.to(device), white.to(device)
+
+    def _frozen(self, model: LoadedModel) -> SparseViT:
+        """A copy on the device, in the configured dtype, made fast for gradients to pixels alone."""
+        vit = SparseViT(model.vit)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            pack_blocks(vit, self.dtype)
+        return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
 
     def invert(self, batch_index: int, on_progress: Callable[[Progress], None] | None = None) -> InvertedBatch:
         """Batch number `batch_index`: its labels, noise and jitter depend on it and the seed alone.
@@ -79,7 +87,7 @@ class Inverter:
         generator = batch_generator(config.seed, batch_index)
         labels = torch.randint(self.vit.num_classes, (config.batch_size,), generator=generator).sort().values
         canvas = PatchCanvas.noise(self.vit.grid, config.batch_size, generator, self.device)
-        draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator))
+        draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator, config.flip))
         losses = LossLog(config.iterations, self.device)
         targets = labels.to(self.device)
         optimizer = self.adam(canvas)
@@ -94,7 +102,8 @@ class Inverter:
 
     def step_flops(self) -> list[int]:
         """Floating-point operations of one iteration of one batch, for each stage."""
-        return [self.config.batch_size * self.vit.step_flops(stage.patches) for stage in self.stages]
+        models = [self.vit] if self.student is None else [self.vit, self.student]
+        return [self.config.batch_size * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
 
     def total_flops(self) -> int:
         """Floating-point operations of one batch, the forward passes that rank the patches included."""
@@ -114,8 +123,10 @@ class Inverter:
     def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor, jitter: Jitter) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
         windows = canvas.windows(jitter, self.dtype)
-        logits, _ = self.vit(windows, canvas.jittered_positions(jitter), mirrored=jitter.flip)
-        inputs = LossInputs(logits, labels, canvas)
+        positions = canvas.jittered_positions(jitter)
+        logits, _ = self.vit(windows, positions, mirrored=jitter.flip)
+        student_logits = None if self.student is None else self.student(windows, positions, mirrored=jitter.flip)[0]
+        inputs = LossInputs(logits, labels, canvas, student_logits)
         loss = sum(weight * term(inputs) for weight, term in self.losses)
         optimizer.zero_grad()
         loss.backward()

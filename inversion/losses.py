@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,16 +18,21 @@ DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss may look at: `logits` (B, classes) of the jittered image, `labels` (B,), the un-jittered pixels."""
+    """What a loss may look at.
+
+    `logits` and, if there is a student, `student_logits` (B, classes) of the jittered image, `labels` (B,), the
+    un-jittered pixels.
+    """
 
     logits: Tensor
     labels: Tensor
     canvas: PatchCanvas
+    student_logits: Tensor | None = None
 
 
 def one_hot(inputs: LossInputs) -> Tensor:
     """Cross-entropy of the logits with the target labels, mean over the batch."""
-    return F.cross_entropy(inputs.logits.float(), inputs.labels)
+    return F.cross_entropy(_precise(inputs.logits), inputs.labels)
 
 
 def tv_l2(inputs: LossInputs) -> Tensor:
@@ -47,8 +53,24 @@ def l2(inputs: LossInputs) -> Tensor:
     return torch.linalg.vector_norm(inputs.canvas.pixels)
 
 
+def adversarial(inputs: LossInputs) -> Tensor:
+    """1 - JS(teacher, student), mean over the batch: images that the two disagree on (DeepInversion, R_compete, eq. 9).
+
+    JS is the Jensen-Shannon divergence of the two predicted distributions, in nats: 0 .. log 2.
+    """
+    teacher, student = (F.log_softmax(_precise(z), dim=1) for z in (inputs.logits, inputs.student_logits))
+    mean = torch.logaddexp(teacher, student) - math.log(2)
+    halves = (F.kl_div(mean, log_p, reduction="batchmean", log_target=True) for log_p in (teacher, student))
+    return 1 - sum(halves) / 2
+
+
 Loss = Callable[[LossInputs], Tensor]
-LOSSES: dict[str, Loss] = {"oh": one_hot, "tv1": tv_l1, "tv2": tv_l2, "l2": l2}
+LOSSES: dict[str, Loss] = {"oh": one_hot, "tv1": tv_l1, "tv2": tv_l2, "l2": l2, "adv": adversarial}
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _crossing(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:

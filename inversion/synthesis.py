@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from inversion.engine import Inverter, Progress
 from inversion.pool import ImagePool
+from models import LoadedModel
 from utils.device import peak_memory_bytes, reset_peak_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks, wait_for_all
@@ -34,7 +35,14 @@ class SynthesisReport:
     pool: str | None
 
 
-def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, quiet: bool = False) -> SynthesisReport:
+def synthesize(
+    pool: ImagePool,
+    count: int,
+    device: torch.device,
+    log: Path,
+    quiet: bool = False,
+    student: LoadedModel | None = None,
+) -> SynthesisReport:
     """Make sure that `pool` holds its first `count` images; finished batches are taken as they are.
 
     Several ranks divide the missing batches; a batch depends on its number alone, so the images are the same.
@@ -46,12 +54,13 @@ def synthesize(pool: ImagePool, count: int, device: torch.device, log: Path, qui
         log: a file of JSON lines that the seconds of each batch are appended to (the pool itself holds no timing, so
             that two runs write the same bytes).
         quiet: no progress bar.
+        student: for the adversarial loss.
 
     Raises:
         UserError: another process is filling the pool, the loss is no longer finite, or more ranks than batches.
     """
     config = pool.config
-    inverter = Inverter(pool.model, config, device)
+    inverter = Inverter(pool.model, config, device, student)
     batches = range(math.ceil(count / config.batch_size))
     if ranks() > len(batches):
         raise UserError(

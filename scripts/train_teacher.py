@@ -3,7 +3,7 @@
 
 The result is a folder in timm's `local-dir` format, so `--model local-dir:OUTPUT` takes it everywhere:
 
-    python scripts/train_teacher.py --init scratch --epochs 100 --output runs/digits
+    python scripts/train_teacher.py --model_path BACKBONE --data digits --epochs 60 --output runs/digits
     python scripts/train_teacher.py --model deit_tiny_16_cifar10 --dataset DIR --output runs/cifar10
 
 A run that was stopped goes on from its last finished epoch when the same command is given again.
@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timm.layers import PatchDropout
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
@@ -64,6 +65,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warmup_epochs", type=natural, metavar="N", help="epochs of rising learning rate; default --epochs / 20")
     add("--crop_padding", type=natural, metavar="N", help="pixels of reflection round a random crop; default size / 16")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; default all data but digits")
+    add(
+        "--noise", type=deviation, default=0.0, help="noise added, normalized pixels: standard deviations in [0, NOISE)"
+    )
+    add("--patch_drop", type=share, default=0.0, help="patches left out of a step: a share in [0, PATCH_DROP)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of matrix products")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
@@ -91,6 +96,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def deviation(text: str) -> float:
+    """argparse type: a number of 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return value
 
 
@@ -168,6 +181,9 @@ class Trainer:
         self.dtype = getattr(torch, pick_dtype(args.dtype, self.device))
         self.vit = vit.requires_grad_(True).to(self.device)
         self.train = train
+        self.noise, self.patch_drop = args.noise, args.patch_drop
+        if self.patch_drop:
+            vit.patch_drop = PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
         self.loss = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         groups = parameter_groups(vit, args.lr, args.head_lr or args.lr, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
@@ -193,7 +209,7 @@ class Trainer:
         epoch, total, seen = len(self.history), 0.0, 0
         bar = tqdm(self.train, f"epoch {epoch + 1}", leave=False, dynamic_ncols=True)
         for step, (images, labels) in enumerate(bar, start=1 + epoch * len(self.train)):
-            loss = self.loss(self._logits(images), labels.to(self.device, non_blocking=True))
+            loss = self.loss(self._logits(self._impaired(images)), labels.to(self.device, non_blocking=True))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -204,6 +220,19 @@ class Trainer:
                 raise UserError(f"the loss became {loss.item()} in epoch {epoch + 1}; lower --lr, in a new --output")
             bar.set_postfix(loss=f"{total / seen:.3f}", refresh=False)
         return total / seen
+
+    def _impaired(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) with noise, each its own strength, and the share of patches to drop in this step drawn.
+
+        A small model does not learn by itself what large ones do, to recognize an object by some of its patches
+        (Naseer et al., NeurIPS 2021); sparse inversion and its use rest on that.
+        """
+        if self.patch_drop:
+            self.vit.patch_drop.prob = self.patch_drop * torch.rand(()).item()
+        if not self.noise:
+            return images
+        strength = self.noise * torch.rand(len(images), 1, 1, 1)
+        return images + strength * torch.randn(images.shape)
 
     @torch.inference_mode()
     def evaluate(self, test: DataLoader) -> float:

@@ -10,6 +10,7 @@ import inversion.engine
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, draw_jitters, jittered_positions
 from inversion.engine import batch_generator
+from inversion.losses import LossInputs, adversarial
 from models import DEFAULT_MODEL, SparseViT, load_model
 from tests.conftest import tiny_model
 from tests.test_canvas import plain_tv
@@ -231,3 +232,42 @@ def test_nan_loss_is_one_clear_error():
 def test_impossible_configurations_are_refused(change, why):
     with pytest.raises(UserError, match=why):
         InversionConfig(**change)
+
+
+def disagreement(logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
+    return adversarial(LossInputs(logits, torch.zeros(4), None, student_logits))
+
+
+def test_adversarial_loss_is_one_minus_the_divergence_and_its_gradient():
+    teacher, student = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    p, q = teacher.softmax(1), student.softmax(1)
+    m = (p + q) / 2
+    divergence = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
+    torch.testing.assert_close(disagreement(teacher, student), 1 - divergence)
+    assert disagreement(teacher, teacher) == pytest.approx(1)
+    leaves = [teacher.requires_grad_(), student.requires_grad_()]
+    assert torch.autograd.gradcheck(disagreement, leaves)
+
+
+def test_adversarial_images_are_those_that_the_student_gets_wrong(monkeypatch):
+    """The student is the teacher with a disturbed head."""
+    monkeypatch.setattr(inversion.engine, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
+    teacher, student = load_model(DEFAULT_MODEL), load_model(DEFAULT_MODEL)
+    with torch.no_grad():
+        weight = student.vit.head.weight
+        weight += weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for adv, described in ((0.0, None), (10.0, "disturbed")):
+        config = InversionConfig(iterations=30, weights={"oh": 1.0, "adv": adv}, batch_size=8, student=described)
+        images = Inverter(teacher, config, CPU, student).invert(0).images
+        logits = (SparseViT(model.vit)(images.patches, images.positions)[0] for model in (teacher, student))
+        found[adv] = 1 - disagreement(*logits).item()
+    assert found[10.0] > 2 * found[0.0]
+
+
+def test_without_flip_the_rolls_are_the_same(model):
+    grid = Inverter(model, InversionConfig(), CPU).vit.grid
+    both = [draw_jitters(50, grid, torch.Generator().manual_seed(3), flip) for flip in (True, False)]
+    assert [draw[:2] for draw in both[0]] == [draw[:2] for draw in both[1]]
+    assert any(draw.flip for draw in both[0])
+    assert not any(draw.flip for draw in both[1])

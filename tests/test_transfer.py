@@ -231,6 +231,17 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
     assert pool_files(tmp_path / "killed-pool") == pool_files(tmp_path / "straight-pool")
 
 
+def test_adversarial_images_follow_the_student_also_after_a_restart(tmp_path):
+    """They depend on what the student has learnt, so the restarted run must bring it back first."""
+    plain, straight = (
+        kt(tmp_path, "--epochs", 2, "--adv", adv, output=f"adv{adv}", pool=f"pool{adv}") for adv in (0, 1)
+    )
+    kt(tmp_path, "--epochs", 1, "--adv", 1, output="restarted", pool="restarted-pool")
+    restarted = kt(tmp_path, "--epochs", 2, "--adv", 1, output="restarted", pool="restarted-pool")
+    assert restarted["history"] == straight["history"] != plain["history"]
+    assert pool_files(tmp_path / "restarted-pool") == pool_files(tmp_path / "pool1")
+
+
 def test_two_ranks_transfer_as_one_does(tmp_path):
     arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2]
     for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
