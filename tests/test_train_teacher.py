@@ -76,6 +76,39 @@ def test_a_fine_tuned_model_has_a_new_head_and_loads_in_timm_and_in_the_registry
     torch.testing.assert_close(logits_of(out), loaded.vit(torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32)))
 
 
+def test_training_drops_patches_and_adds_noise_and_evaluation_does_not(flags, monkeypatch):
+    seen = {"train": [], "test": []}
+
+    class Watched(train_teacher.Trainer):
+        def __init__(self, vit, *args):
+            super().__init__(vit, *args)
+            vit.blocks[0].register_forward_pre_hook(
+                lambda _, inputs: seen["train" if vit.training else "test"].append(inputs[0].shape[1])
+            )
+
+    monkeypatch.setattr(train_teacher, "Trainer", Watched)
+    monkeypatch.setattr(Watched, "_impaired", record_strengths(Watched._impaired, strengths := []))
+    train_teacher.main([*flags, "--epochs", "8", "--patch_drop", "0.8", "--noise", "0.5"])
+    patches = {tokens - 1 for tokens in seen["train"]}
+    assert set(seen["test"]) == {17}
+    assert min(patches) >= 3
+    assert max(patches) <= 16
+    assert len(patches) > 5
+    assert 0 <= torch.cat(strengths).min() < 0.1
+    assert 0.4 < torch.cat(strengths).max() < 0.6
+
+
+def record_strengths(impaired, into: list):
+    """`_impaired`, the standard deviation of each image's noise noted."""
+
+    def recorded(self, images):
+        noisy = impaired(self, images)
+        into.append((noisy - images).flatten(1).std(dim=1))
+        return noisy
+
+    return recorded
+
+
 def test_named_models_keep_their_preprocessing_and_take_weights_with_another_head(folder, tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224")
     torch.save(vit.state_dict(), tmp_path / "imagenet.pth")
