@@ -83,7 +83,10 @@ def test_defaults_are_the_published_ones():
     assert args.datapool == "./datapool"
 
 
-@pytest.mark.parametrize("script", ["test_quant.py", "test_kt.py", "scripts/compare.py", "scripts/train_teacher.py"])
+SCRIPTS = ["test_quant.py", "test_kt.py", "scripts/compare.py", "scripts/train_teacher.py", "scripts/linear_ceiling.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script):
     result = run_script(script, "--help")
     assert result.returncode == 0
