@@ -10,6 +10,7 @@ import math
 import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from kt import AUGMENTATIONS, Distiller, load_student, save_student
 from kt.distill import OPTIMIZERS
 from models import DEFAULT_MODEL, LoadedModel, SparseImages, load_model
 from quant import evaluate
-from test_quant import MODES, noise_images, real_images, save_pictures
+from test_quant import MODES, events_folder, noise_images, real_images, save_pictures
 from utils.checkpoint import configuration, read_checkpoint, write_checkpoint
 from utils.cli import Parser, add_common_arguments, natural, positive, rate
 from utils.data import limited, load_split, loader
@@ -33,7 +34,7 @@ from utils.ranks import process_group, rank, rank_zero_first, wait_for_all
 from utils.report import duration, table
 
 # Flags that say where and how fast, not what: a run may go on with others.
-NOT_CONFIGURATION = ("output", "device", "gpu", "num_workers", "val_batchsize", "epochs")
+NOT_CONFIGURATION = ("output", "device", "gpu", "num_workers", "val_batchsize", "epochs", "tensorboard")
 
 
 def parser() -> Parser:
@@ -62,6 +63,7 @@ def parser() -> Parser:
     add("--lr", type=rate, default=0.1, help="learning rate of the student")
     add("--temperature", type=rate, default=20.0, help="of the soft targets; logits are divided by it")
     add("--augment", nargs="*", choices=AUGMENTATIONS, default=["flip", "shift"], help="changes of the images")
+    add("--tensorboard", action="store_true", help="write the course of the inversion to OUTPUT/tensorboard")
     add_inversion_arguments(parser)
     add_common_arguments(parser, seed=42, output="./runs/MODEL-kt-IMAGES-FINETUNE-sSEED")
     return parser
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     config = inversion_config(args, args.inversion_batchsize, dtype, adversary(args))
     seed_all(args.seed)
     teacher = load_model(args.model, args.model_path)
-    images = config.strategy_name if args.mode == 0 else MODES[args.mode]
+    images = config.strategy if args.mode == 0 else MODES[args.mode]
     name = f"{re.sub(r'.*/', '', args.model.rstrip('/'))}-kt-{images}-{args.finetune}-s{args.seed}"
     output = writable_folder(args.output or Path("runs", name), "--output")
     state = read_checkpoint(output, configuration(args, NOT_CONFIGURATION), made_by_run="student")
@@ -207,10 +209,19 @@ class PoolSource(ImageSource):
     """Inverted images; every epoch adds some."""
 
     def __init__(
-        self, pool: ImagePool, student: LoadedModel, device: torch.device, log: Path, per_epoch: int, most: int | None
+        self, pool: ImagePool, student: LoadedModel, device: torch.device, args: argparse.Namespace, output: Path
     ) -> None:
-        self.pool, self.student, self.device, self.log, self.per_epoch = pool, student, device, log, per_epoch
-        self.most = math.inf if most is None else most
+        self.pool, self.per_epoch = pool, args.images_per_epoch
+        self.most = math.inf if args.max_images is None else args.max_images
+        self.synthesized = partial(
+            synthesize,
+            pool,
+            device=device,
+            log=output / "synthesis.jsonl",
+            quiet=True,
+            student=student,
+            tensorboard=events_folder(args, output),
+        )
         self.path = str(pool.path)
         self.images: SparseImages | None = None
 
@@ -222,13 +233,13 @@ class PoolSource(ImageSource):
             raise UserError(f"{self.path} holds no images; raise --images_per_epoch above 0 or give another --datapool")
         if count > have:
             if self.per_epoch:
-                synthesize(self.pool, count, self.device, self.log, quiet=True, student=self.student)
+                self.synthesized(count)
             new = self.pool.read(count, first=have)
             self.images = new if self.images is None else joined(self.images, new)
         return self.images
 
     def report(self, count: int) -> dict:
-        return asdict(synthesize(self.pool, count, self.device, self.log, quiet=True, student=self.student))
+        return asdict(self.synthesized(count))
 
 
 def joined(first: SparseImages, second: SparseImages) -> SparseImages:
@@ -237,10 +248,8 @@ def joined(first: SparseImages, second: SparseImages) -> SparseImages:
     return SparseImages(*(torch.cat(pair) for pair in pairs))
 
 
-def adversary(args: argparse.Namespace) -> str | None:
-    """What the images of the adversarial loss depend on: the student, and all that it learns from before them."""
-    if not args.adv:
-        return None
+def adversary(args: argparse.Namespace) -> str:
+    """What the images of the adversarial term depend on: the student, and all that it learns from before them."""
     config = configuration(args, (*NOT_CONFIGURATION, "datapool", "eval_every", "val_limit", "dataset"))
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -257,7 +266,7 @@ def image_source(
     if args.mode == 0:
         with rank_zero_first():
             pool = ImagePool(args.datapool, teacher, config)
-        return PoolSource(pool, student, device, output / "synthesis.jsonl", args.images_per_epoch, args.max_images)
+        return PoolSource(pool, student, device, args, output)
     if args.mode == 1:
         count = args.max_images or args.epochs * args.images_per_epoch
         return ImageSource(noise_images(teacher, count, args.seed))

@@ -12,6 +12,7 @@ import torch
 
 from inversion import ImagePool, InversionConfig, SynthesisReport, synthesize
 from inversion.arguments import add_inversion_arguments, inversion_config
+from inversion.events import require_tensorboard
 from models import DEFAULT_MODEL, LoadedModel, SparseImages, SparseViT, load_model
 from quant import calibrate, check_bits, evaluate
 from utils.cli import Parser, add_common_arguments, positive
@@ -48,6 +49,7 @@ def parser() -> Parser:
     add("--a_bit", type=int, default=8, help="bits of the activations, 2 to 8; 32 leaves them alone")
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
+    add("--tensorboard", action="store_true", help="write the course of the inversion to OUTPUT/tensorboard")
     add_inversion_arguments(parser)
     add_common_arguments(parser, seed=0, output="./runs/MODEL-CALIBRATION-wWaA-sSEED")
     return parser
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     count = args.num_images or args.calib_batchsize
     seed_all(args.seed)
     model = load_model(args.model, args.model_path)
-    calibration = config.strategy_name if args.mode == 0 else MODES[args.mode]
+    calibration = config.strategy if args.mode == 0 else MODES[args.mode]
     name = f"{model.name.rstrip('/').split('/')[-1]}-{calibration}-w{args.w_bit}a{args.a_bit}-s{args.seed}"
     output = writable_folder(args.output or Path("runs", name), "--output")
     test_set = load_split("test", model.dataset, args.dataset, model.preprocessing.eval_transform(), model.classes)
@@ -109,8 +111,8 @@ def calibration_images(
     """The images that `--mode` asks for, and what synthesizing them cost (nothing for noise and real images)."""
     if args.mode == 0:
         pool = ImagePool(args.datapool, model, config)
-        report = synthesize(pool, count, device, output / "synthesis.jsonl")
-        stages = config.strategy().stages(config.iterations, pool.grid.count)
+        report = synthesize(pool, count, device, output / "synthesis.jsonl", tensorboard=events_folder(args, output))
+        stages = config.strategy_object().stages(config.iterations, pool.grid.count)
         if rank() == 0:
             starts, patches = [stage.start for stage in stages], [stage.patches for stage in stages]
             save_loss_curve(output / "loss.png", pool.losses(count), starts, patches)
@@ -119,6 +121,14 @@ def calibration_images(
     if args.mode == 1:
         return noise_images(model, count, args.seed), free
     return real_images(model, args.dataset, count, args.seed), free
+
+
+def events_folder(args: argparse.Namespace, output: Path) -> Path | None:
+    """Where TensorBoard's files go, None if nobody asked. Raises `UserError` where its writer is missing."""
+    if not getattr(args, "tensorboard", False):
+        return None
+    require_tensorboard()
+    return output / "tensorboard"
 
 
 def noise_images(model: LoadedModel, count: int, seed: int) -> SparseImages:

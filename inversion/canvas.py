@@ -104,6 +104,11 @@ class PatchCanvas:
         shift = split_roll(jitter.dy, self.grid.height)[1], split_roll(jitter.dx, self.grid.width)[1]
         return _Shifted.apply(self.pixels, self.neighbours, shift, dtype)
 
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the pixels and positions of the patches at `index` (B, k) of each image."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return self.pixels.detach()[rows, index], self.positions[rows, index]
+
     def jittered_positions(self, jitter: Jitter) -> Tensor:
         """Grid positions (B, n) of the kept patches after the jitter."""
         return jittered_positions(self.positions, self.grid, jitter)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from inversion.losses import LOSSES
+from inversion.importance import IMPORTANCES
+from inversion.priors import PRIORS, Term, options, terms
+from inversion.projections import parse_projection
 from inversion.schedule import check_schedule
 from inversion.strategies import STRATEGIES, Strategy
+from inversion.targets import check_targets
 from utils.errors import UserError
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
+LR_SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -18,18 +23,35 @@ class InversionConfig:
     """Everything that the pixels of a batch depend on besides the model; the defaults are the published setting.
 
     Raises:
-        UserError: a value out of range, an unknown loss, or an impossible schedule.
+        UserError: a value out of range, an unknown name, or an impossible schedule.
     """
 
     iterations: int = 4000
     lr: float = 0.25
-    weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    betas: tuple[float, float] = (0.5, 0.99)
+    lr_schedule: str = "constant"
+    """`cosine` falls to 0 at the end."""
+    warmup: int = 0
+    """Iterations in which the learning rate rises from 0."""
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Settings of the priors besides weights; what is left out has its default."""
+    strategy: str | None = None
+    """A key of `STRATEGIES`; None: `smi` if there is a schedule, else `dense`."""
+    importance: str = "cls"
     prune_it: tuple[int, ...] = (-1,)
     prune_ratio: tuple[float, ...] = (0.0,)
+    pri_division: int = 4
+    targets: tuple[str, ...] = ("uniform",)
+    soft_label: float = 0.0
+    projections: tuple[str, ...] = ("clamp",)
     flip: bool = True
+    snapshots: tuple[int, ...] = ()
+    """Iterations before which the batch is kept as it is; `iterations` is the end."""
     student: str | None = None
-    """What the student of the adversarial loss is and how it learns; None without that loss."""
+    """What the student of the adversarial term is and how it learns; ignored without that term."""
     batch_size: int = 32
+    """Images; a strategy that makes several of one trajectory optimizes fewer."""
     seed: int = 0
     dtype: str = "float32"
 
@@ -38,31 +60,96 @@ class InversionConfig:
             raise UserError(f"--iterations {self.iterations} is below 1")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr_g {self.lr} is not a positive number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {' '.join(map(str, self.betas))} are not two numbers in [0, 1)")
+        _require(self.lr_schedule, LR_SCHEDULES, "--lr_schedule")
+        if not 0 <= self.warmup < self.iterations:
+            raise UserError(f"--warmup {self.warmup} is not in [0, {self.iterations}), the iterations")
         if self.batch_size < 1:
             raise UserError(f"the batch size {self.batch_size} is below 1")
+        self._check_weights()
+        check_targets(self.targets)
+        if not 0 <= self.soft_label < 1:
+            raise UserError(f"--soft_label {self.soft_label} is not in [0, 1)")
+        for text in self.projections:
+            parse_projection(text)
+        _require(self.importance, IMPORTANCES, "--importance")
+        self._check_strategy()
+        outside = [t for t in self.snapshots if not 0 <= t <= self.iterations]
+        if outside:
+            raise UserError(f"--snapshots {outside[0]} is not in [0, {self.iterations}], the iterations")
+
+    def _check_weights(self) -> None:
         for name, weight in self.weights.items():
+            _require(name, terms(), "the loss term")
             if not (weight >= 0 and math.isfinite(weight)):
                 raise UserError(f"--{name} {weight} is not a weight of 0 or more")
-            if weight and name not in LOSSES:
-                raise UserError(f"--{name} is not available; the losses are {', '.join(LOSSES)}")
-        if bool(self.weights.get("adv")) != (self.student is not None):
-            raise UserError("--adv needs a student to disagree with; test_kt.py has one")
+        for name in self.options:
+            _require(name, options(), "the option")
+        if not self.needs("student"):
+            object.__setattr__(self, "student", None)
+        elif self.student is None:
+            raise UserError("--adv and the prior 'adversarial' need a student to disagree with; test_kt.py has one")
         if not any(self.weights.values()):
             raise UserError("every loss weight is 0; give at least --oh")
+        object.__setattr__(self, "options", self._active_options())
+
+    def _check_strategy(self) -> None:
         check_schedule(self.iterations, self.prune_it, self.prune_ratio)
+        scheduled = self.prune_it != (-1,)
+        if self.strategy is None:
+            object.__setattr__(self, "strategy", "smi" if scheduled else "dense")
+        _require(self.strategy, STRATEGIES, "--strategy")
+        if self.strategy in ("dense", "pri"):
+            if scheduled:
+                raise UserError(f"--strategy {self.strategy} has no schedule; leave out --prune_it and --prune_ratio")
+        elif not scheduled and self.strategy in ("smi", "lowest", "highest", "random"):
+            raise UserError(
+                f"--strategy {self.strategy} needs a schedule, such as --prune_it 50 100 200 300 "
+                "--prune_ratio 0.3 0.3 0.3 0.3"
+            )
+        if self.pri_division < 2:
+            raise UserError(f"--pri_division {self.pri_division} is below 2")
+
+    def _active_options(self) -> dict[str, object]:
+        """The options of the priors that have a term, filled in."""
+        active = {name for name, weight in self.weights.items() if weight}
+        known = [prior.options for prior in PRIORS.values() if active & set(prior.terms)]
+        return {name: self.options.get(name, option.default) for group in known for name, option in group.items()}
+
+    def active_terms(self) -> list[tuple[float, Term]]:
+        """Weight and term, of those that have a weight."""
+        return [(weight, terms()[name]) for name, weight in self.weights.items() if weight]
+
+    def needs(self, what: str) -> bool:
+        """Whether a term needs `student` or `earlier` images."""
+        return any(what in term.needs for _, term in self.active_terms())
+
+    def lr_at(self, iteration: int) -> float:
+        """The learning rate of a 0-based iteration."""
+        if iteration < self.warmup:
+            return self.lr * (iteration + 1) / self.warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (iteration - self.warmup) / (self.iterations - self.warmup)
+        return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def settings(self) -> dict:
         """The configuration as JSON holds it; two that mean the same are equal."""
         weights = {name: float(weight) for name, weight in sorted(self.weights.items()) if weight}
         schedule = {"prune_it": list(self.prune_it), "prune_ratio": [float(ratio) for ratio in self.prune_ratio]}
-        return {**asdict(self), "lr": float(self.lr), "weights": weights, **schedule}
+        lists = {name: list(getattr(self, name)) for name in ("betas", "targets", "projections", "snapshots")}
+        options = dict(sorted(self.options.items()))
+        same = {**asdict(self), **lists, **schedule, "lr": float(self.lr), "weights": weights, "options": options}
+        if self.strategy != "pri":
+            del same["pri_division"]
+        return same
 
-    @property
-    def strategy_name(self) -> str:
-        return "dense" if self.prune_it == (-1,) else "smi"
+    def strategy_object(self) -> Strategy:
+        """The strategy that the configuration asks for."""
+        return STRATEGIES[self.strategy](self)
 
-    def strategy(self) -> Strategy:
-        """The strategy object that the schedule asks for."""
-        if self.strategy_name == "dense":
-            return STRATEGIES["dense"]()
-        return STRATEGIES["smi"](self.prune_it, self.prune_ratio)
+
+def _require(name: str, known: Mapping[str, object] | tuple[str, ...], what: str) -> None:
+    if name not in known:
+        raise UserError(f"{what} {name} is unknown; there are {', '.join(known)}")

@@ -14,13 +14,16 @@ from torch import Tensor
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
 from inversion.capture import CapturedStep
 from inversion.config import InversionConfig
-from inversion.losses import LOSSES, LossInputs
+from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
+from inversion.priors import Context, LossInputs
+from inversion.projections import Clamp, Projection, parse_projection
 from inversion.schedule import Stage
+from inversion.strategies import others
+from inversion.targets import distributions, draw_labels
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
 from utils.device import keep_freed_memory
 from utils.errors import UserError
 
-BETAS = (0.5, 0.99)
 REFRESH = 20
 """Iterations between two looks at the loss."""
 
@@ -35,11 +38,37 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """An un-jittered batch in the middle of its inversion, on the CPU: for pictures of the process.
+
+    `pixels` (B, n, C, height, width) at `positions` (B, n), `attention` (B, n) of the class token to them (None where
+    the model has none), after `iteration` iterations.
+    """
+
+    iteration: int
+    pixels: Tensor
+    positions: Tensor
+    attention: Tensor | None
+
+
+@dataclass(frozen=True)
 class InvertedBatch:
-    """A finished batch, on the CPU, and its loss at every iteration (iterations,)."""
+    """A finished batch, on the CPU, its loss at every iteration (iterations,), and the snapshots asked for."""
 
     images: SparseImages
     losses: Tensor
+    snapshots: tuple[Snapshot, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """What a callback sees when a stage begins: which it is, the canvas, and its labels (B,)."""
+
+    batch: int
+    number: int
+    stage: Stage
+    canvas: PatchCanvas
+    labels: Tensor
 
 
 class Inverter:
@@ -49,21 +78,38 @@ class Inverter:
         model: what `load_model` gave; its weights are copied to `device` in the configured dtype, and frozen.
         config: the inversion.
         device: where to run.
-        student: as it is now; what the adversarial loss looks for disagreement with.
+        student: as it is now; what the adversarial term looks for disagreement with.
+        earlier: gives the images of all batches before a numbered one; asked only for terms that need them.
+
+    Raises:
+        UserError: something that a term or the ranking of patches needs is absent.
     """
 
     def __init__(
-        self, model: LoadedModel, config: InversionConfig, device: torch.device, student: LoadedModel | None = None
+        self,
+        model: LoadedModel,
+        config: InversionConfig,
+        device: torch.device,
+        student: LoadedModel | None = None,
+        earlier: Callable[[int], SparseImages | None] | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.dtype)
         self.vit = self._frozen(model)
-        self.student = self._frozen(student) if config.weights.get("adv") else None
-        self.strategy = config.strategy()
+        self.strategy = config.strategy_object()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
-        self.losses = [(weight, LOSSES[name]) for name, weight in config.weights.items() if weight]
+        if len(self.stages) > 1 and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
+            raise UserError(
+                f"{model.name} has no class token, so --importance {config.importance} cannot rank its patches; "
+                "give --importance all or gradient, or --strategy dense"
+            )
+        self.earlier = earlier if config.needs("earlier") else None
+        context = Context(model, self.vit, device, self.dtype, config.flip, config.options, student, self._frozen)
+        self.losses = [(weight, term.make(context)) for weight, term in config.active_terms()]
+        self.reads_attended = any(loss.reads_attended for _, loss in self.losses)
         black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
-        self.pixel_range = black.to(device), white.to(device)
+        self.clamp = Clamp(black.to(device), white.to(device))
+        self.projections = [p for p in map(parse_projection, config.projections) if p is not None]
 
     def _frozen(self, model: LoadedModel) -> SparseViT:
         """A copy on the device, in the configured dtype, made fast for gradients to pixels alone."""
@@ -73,77 +119,129 @@ class Inverter:
             pack_blocks(vit, self.dtype)
         return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
 
-    def invert(self, batch_index: int, on_progress: Callable[[Progress], None] | None = None) -> InvertedBatch:
+    @property
+    def images_per_trajectory(self) -> int:
+        """Images that one optimized canvas becomes."""
+        return len(self.stages) if self.strategy.detaches else 1
+
+    @property
+    def trajectories(self) -> int:
+        """Canvases that are optimized for one batch of images."""
+        return -(-self.config.batch_size // self.images_per_trajectory)
+
+    def invert(
+        self,
+        batch_index: int,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_stage: Callable[[StageStart], None] | None = None,
+    ) -> InvertedBatch:
         """Batch number `batch_index`: its labels, noise and jitter depend on it and the seed alone.
 
         Args:
             batch_index: 0-based.
             on_progress: called about every `REFRESH` iterations.
+            on_stage: called at the start of every stage, the first included; may change the pixels in place.
 
         Raises:
-            UserError: the loss is no longer finite.
+            UserError: the loss is no longer finite, or a target class that the model does not have.
         """
-        config = self.config
-        generator = batch_generator(config.seed, batch_index)
-        labels = torch.randint(self.vit.num_classes, (config.batch_size,), generator=generator).sort().values
-        canvas = PatchCanvas.noise(self.vit.grid, config.batch_size, generator, self.device)
+        config, generator = self.config, batch_generator(self.config.seed, batch_index)
+        labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
+        canvas = PatchCanvas.noise(self.vit.grid, self.trajectories, generator, self.device)
         draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator, config.flip))
-        losses = LossLog(config.iterations, self.device)
-        targets = labels.to(self.device)
+        self.begin(batch_index, generator)
+        losses, finished, snapshots = LossLog(config.iterations, self.device), [], []
+        targets = distributions(labels, self.vit.num_classes, config.soft_label).to(self.device)
         optimizer = self.adam(canvas)
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             if stage.patches < canvas.positions.shape[1]:
-                canvas, optimizer = self._stop_patches(canvas, optimizer, stage.patches)
+                going_on, stopped = self._split(canvas, targets, stage.patches, generator)
+                if self.strategy.detaches:
+                    finished.append(canvas.take(stopped))
+                canvas, optimizer = self._reduced(canvas, optimizer, going_on)
+            if on_stage is not None:
+                on_stage(StageStart(batch_index, number, stage, canvas, labels))
             step = self.stepper(canvas, optimizer, targets)
             for iteration in self._watched(stage, losses, on_progress):
+                if iteration in config.snapshots:
+                    snapshots.append(self._snapshot(iteration, canvas))
+                set_lr(optimizer, config.lr_at(iteration))
                 losses.record(iteration, step(draws[iteration]))
-        images = SparseImages(canvas.pixels.detach().cpu(), canvas.positions.cpu(), labels)
-        return InvertedBatch(images, losses.values())
+                for projection in self.projections:
+                    if (iteration + 1) % projection.every == 0:
+                        self._project(projection, canvas)
+        if self.strategy.detaches and finished:
+            count = finished[0][1].shape[1]
+            _, last = self._split(canvas, targets, canvas.positions.shape[1] - count, generator)
+            finished.append(canvas.take(last))
+        finished = finished or [(canvas.pixels.detach(), canvas.positions)]
+        if config.iterations in config.snapshots:
+            snapshots.append(self._snapshot(config.iterations, canvas))
+        # Images of one trajectory stand together, so that labels stay sorted.
+        pixels, positions = (torch.stack(parts, dim=1).flatten(0, 1).cpu() for parts in zip(*finished, strict=True))
+        images = SparseImages(pixels, positions, labels.repeat_interleave(len(finished)))
+        return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots))
+
+    def begin(self, batch_index: int, generator: torch.Generator) -> None:
+        """Tell every term that a batch begins; what they draw comes after labels, noise and jitter."""
+        earlier = None if self.earlier is None else self.earlier(batch_index)
+        for _, loss in self.losses:
+            loss.begin(earlier, generator)
 
     def step_flops(self) -> list[int]:
         """Floating-point operations of one iteration of one batch, for each stage."""
-        models = [self.vit] if self.student is None else [self.vit, self.student]
-        return [self.config.batch_size * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
+        models = [self.vit, *(vit for _, loss in self.losses for vit in loss.runs)]
+        return [self.trajectories * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
 
     def total_flops(self) -> int:
         """Floating-point operations of one batch, the forward passes that rank the patches included."""
         steps = sum(stage.iterations * flops for stage, flops in zip(self.stages, self.step_flops(), strict=True))
         ranked = sum(self.vit.forward_flops(stage.patches) for stage in self.stages[:-1])
-        return steps + self.config.batch_size * ranked
+        return steps + self.trajectories * ranked
 
     def on_device(self, draws: list[Jitter]) -> Sequence[Jitter | Tensor]:
         """Jitters as a `stepper` takes them: on a GPU rows of one tensor, which no iteration has to copy there."""
         return torch.tensor(draws, device=self.device) if self.device.type == "cuda" else draws
 
-    def stepper(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor) -> Callable[..., Tensor]:
+    def stepper(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor) -> Callable[..., Tensor]:
         """One iteration at a stage: takes a jitter of `on_device`, returns the loss, not yet waited for."""
-        step = partial(self._step, canvas, optimizer, labels)
+        step = partial(self._step, canvas, optimizer, targets)
         return CapturedStep(step, self.device) if self.device.type == "cuda" else step
 
-    def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, labels: Tensor, jitter: Jitter) -> Tensor:
+    def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor, jitter: Jitter) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
-        windows = canvas.windows(jitter, self.dtype)
-        positions = canvas.jittered_positions(jitter)
-        logits, _ = self.vit(windows, positions, mirrored=jitter.flip)
-        student_logits = None if self.student is None else self.student(windows, positions, mirrored=jitter.flip)[0]
-        inputs = LossInputs(logits, labels, canvas, student_logits)
+        patches, positions = canvas.windows(jitter, self.dtype), canvas.jittered_positions(jitter)
+        output = self.vit(patches, positions, mirrored=jitter.flip, return_attended=self.reads_attended)
+        inputs = LossInputs(output, targets, canvas, jitter, patches, positions)
         loss = sum(weight * term(inputs) for weight, term in self.losses)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            torch.clamp(canvas.pixels, *self.pixel_range, out=canvas.pixels)
+            self.clamp(canvas)
         return loss.detach()
 
     @torch.no_grad()
-    def _stop_patches(
-        self, canvas: PatchCanvas, optimizer: torch.optim.Adam, keep: int
+    def _project(self, projection: Projection, canvas: PatchCanvas) -> None:
+        projection(canvas)
+        self.clamp(canvas)
+
+    @torch.no_grad()
+    def _split(
+        self, canvas: PatchCanvas, targets: Tensor, keep: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Which patches of each image go on, (B, keep), and which stop, as indices among those that are left."""
+        importance = IMPORTANCES[self.config.importance](self.vit, canvas, targets)
+        kept = self.strategy.keep(importance.float(), keep, generator)
+        return kept, others(kept, canvas.positions.shape[1])
+
+    @torch.no_grad()
+    def _reduced(
+        self, canvas: PatchCanvas, optimizer: torch.optim.Adam, kept: Tensor
     ) -> tuple[PatchCanvas, torch.optim.Adam]:
-        """Go on with the `keep` most important patches of each image: pixels, positions and optimizer state."""
-        _, attention = self.vit(canvas.pixels.to(self.dtype), canvas.positions, return_attention=True)
-        kept = self.strategy.keep(attention.float(), keep)
+        """The patches that go on: pixels, positions and optimizer state."""
+        smaller = PatchCanvas(canvas.grid, *canvas.take(kept))
         rows = torch.arange(len(kept), device=kept.device)[:, None]
-        smaller = PatchCanvas(canvas.grid, canvas.pixels[rows, kept], canvas.positions[rows, kept])
         state = optimizer.state[canvas.pixels]
         reduced = self.adam(smaller)
         if state:
@@ -151,11 +249,20 @@ class Inverter:
             reduced.state[smaller.pixels] = {"step": state["step"].clone(), **moments}
         return smaller, reduced
 
+    @torch.no_grad()
+    def _snapshot(self, iteration: int, canvas: PatchCanvas) -> Snapshot:
+        attention = None
+        if self.vit.has_class_token:
+            attention = self.vit.class_attention(canvas.pixels.to(self.dtype), canvas.positions).float().cpu()
+        return Snapshot(iteration, canvas.pixels.detach().cpu().clone(), canvas.positions.cpu().clone(), attention)
+
     def adam(self, canvas: PatchCanvas) -> torch.optim.Adam:
         """A fresh optimizer of the canvas."""
         on_gpu = self.device.type == "cuda"
         kind = {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
-        return torch.optim.Adam([canvas.pixels], lr=self.config.lr, betas=BETAS, **kind)
+        # What a CUDA graph shall read anew at every replay must be a tensor.
+        lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
+        return torch.optim.Adam([canvas.pixels], lr=lr, betas=self.config.betas, **kind)
 
     def _watched(self, stage: Stage, losses: LossLog, on_progress: Callable[[Progress], None] | None) -> Iterator[int]:
         """The iterations of a stage; between them, now and then, a look at the loss that waits for no device."""
@@ -166,6 +273,15 @@ class Inverter:
                 loss = losses.latest(done, wait=done == stage.stop)
                 if on_progress is not None:
                     on_progress(Progress(done, loss, stage.patches))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give the optimizer a learning rate, in place where it is a tensor."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 class LossLog:

@@ -3,6 +3,7 @@
     DATAPOOL/<model>-<strategy>-<configuration hash>/
         pool.json                      format version and everything that the pixels depend on
         images/<class>/<number>.png    8-bit images, stopped patches black; a `torchvision.datasets.ImageFolder`
+        snapshots/<batch>.pt           where --snapshots asks for them: the batch in the middle of its inversion
         batches/<batch>.json           labels, kept positions, loss at every iteration; written last
 
 A batch exists once its file in `batches/` does. Every file is written under another name and renamed, and batches
@@ -25,7 +26,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from inversion.config import InversionConfig
-from inversion.engine import InvertedBatch
+from inversion.engine import InvertedBatch, Snapshot
 from models import LoadedModel, PatchGrid, SparseImages
 from utils.data import load_rgb
 from utils.errors import UserError
@@ -65,7 +66,7 @@ class ImagePool:
         }
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
-        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy_name}-s{config.seed}-{digest}"
+        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
         with rank_zero_first():
             self._open()
 
@@ -88,6 +89,10 @@ class ImagePool:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as partial:
                 to_pil_image(image.mul(255).round().byte()).save(partial, format="PNG")
+        if inverted.snapshots:
+            self._snapshot_file(batch).parent.mkdir(exist_ok=True)
+            with atomic(self._snapshot_file(batch)) as partial:
+                torch.save([vars(snapshot) for snapshot in inverted.snapshots], partial)
         record = {
             "format_version": FORMAT_VERSION,
             "batch": batch,
@@ -119,6 +124,21 @@ class ImagePool:
             labels.append(torch.tensor(record["labels"]))
         wanted = slice(first - skipped, count - skipped)
         return SparseImages(*(torch.cat(parts)[wanted] for parts in (patches, positions, labels)))
+
+    def before(self, batch: int) -> SparseImages | None:
+        """The images of all batches before number `batch`, None before the first."""
+        return self.read(batch * self.config.batch_size) if batch else None
+
+    def snapshots(self, batch: int) -> list[Snapshot]:
+        """The snapshots of a batch, in their order.
+
+        Raises:
+            UserError: there are none.
+        """
+        file = self._snapshot_file(batch)
+        if not file.is_file():
+            raise UserError(f"{self.path} has no snapshots of batch {batch}; make it with --snapshots")
+        return [Snapshot(**fields) for fields in torch.load(file, weights_only=True)]
 
     def losses(self, count: int) -> torch.Tensor:
         """Loss at every iteration of the batches that hold the first `count` images: (batches, iterations)."""
@@ -153,6 +173,9 @@ class ImagePool:
 
     def _batch_file(self, batch: int) -> Path:
         return self.path / "batches" / f"{batch:06d}.json"
+
+    def _snapshot_file(self, batch: int) -> Path:
+        return self.path / "snapshots" / f"{batch:06d}.pt"
 
     def _image_name(self, batch: int, index: int, label: int) -> str:
         number = batch * self.config.batch_size + index

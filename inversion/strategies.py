@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from inversion.schedule import Stage, stages_of
+from utils.errors import UserError
 
 
 class Strategy(Protocol):
     """What the engine asks of a strategy."""
 
+    detaches: bool
+    """Whether the patches that stop become images of their own."""
+
     def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
         """The stages of an inversion that starts with `patches` patches."""
 
-    def keep(self, importance: Tensor, count: int) -> Tensor:
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Importance (B, n) of the remaining patches -> indices (B, count), ascending, of those that go on."""
 
 
@@ -25,26 +30,89 @@ class Strategy(Protocol):
 class Dense:
     """DeepInversion: no patch ever stops."""
 
+    detaches = False
+
     def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
         return stages_of(iterations, patches, [-1], [0])
 
-    def keep(self, importance: Tensor, count: int) -> Tensor:
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         raise AssertionError("dense inversion has one stage")
 
 
 @dataclass(frozen=True)
-class Smi:
-    """Sparse model inversion (Hu et al., ICML 2024): the patches with the lowest CLS attention stop, on a schedule."""
+class StopLowest:
+    """Sparse model inversion (Hu et al., ICML 2024): the least important patches stop, on a schedule."""
 
     prune_it: Sequence[int]
     prune_ratio: Sequence[float]
+    detaches = False
 
     def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
         return stages_of(iterations, patches, self.prune_it, self.prune_ratio)
 
-    def keep(self, importance: Tensor, count: int) -> Tensor:
-        order = importance.argsort(dim=1, descending=True, stable=True)
-        return order[:, :count].sort(dim=1).values
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        return highest(importance, count)
 
 
-STRATEGIES = {"dense": Dense, "smi": Smi}
+class StopHighest(StopLowest):
+    """A control: the most important patches stop."""
+
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        return highest(-importance, count)
+
+
+class StopRandom(StopLowest):
+    """A control: patches stop at random."""
+
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        return highest(torch.rand(importance.shape, generator=generator).to(importance.device), count)
+
+
+@dataclass(frozen=True)
+class PatchRebirth:
+    """Patch Rebirth Inversion (2025): the most important patches leave as an image, the others go on as the next one.
+
+    Of N patches N / v leave at iteration k * floor(T / v), k = 1 .. v - 1, and N / v at the end: v images with disjoint
+    patches out of one trajectory. Where v does not divide N, the N mod v least important are dropped at the end.
+    """
+
+    division: int
+    detaches = True
+
+    def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
+        size, length = patches // self.division, iterations // self.division
+        if size < 1 or length < 1:
+            raise UserError(
+                f"--pri_division {self.division} needs at least as many patches and iterations; "
+                f"there are {patches} and {iterations}"
+            )
+        starts = [k * length for k in range(self.division)]
+        return tuple(
+            Stage(start, stop, patches - k * size)
+            for k, (start, stop) in enumerate(zip(starts, [*starts[1:], iterations], strict=True))
+        )
+
+    def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        return highest(-importance, count)
+
+
+def highest(importance: Tensor, count: int) -> Tensor:
+    """Indices (B, count), ascending, of the `count` highest values of (B, n); of equal ones the first."""
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values
+
+
+def others(kept: Tensor, count: int) -> Tensor:
+    """Indices (B, count - k), ascending, of 0 .. count - 1 that are not among `kept` (B, k)."""
+    free = torch.ones(len(kept), count, dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
+    return free.nonzero()[:, 1].view(len(kept), -1)
+
+
+STRATEGIES = {
+    "dense": lambda config: Dense(),
+    "smi": lambda config: StopLowest(config.prune_it, config.prune_ratio),
+    "lowest": lambda config: StopLowest(config.prune_it, config.prune_ratio),
+    "highest": lambda config: StopHighest(config.prune_it, config.prune_ratio),
+    "random": lambda config: StopRandom(config.prune_it, config.prune_ratio),
+    "pri": lambda config: PatchRebirth(config.pri_division),
+}

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +14,8 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from inversion.engine import Inverter, Progress
+from inversion.engine import Inverter, Progress, StageStart
+from inversion.events import write_events
 from inversion.pool import ImagePool
 from models import LoadedModel
 from utils.device import peak_memory_bytes, reset_peak_memory
@@ -42,6 +44,8 @@ def synthesize(
     log: Path,
     quiet: bool = False,
     student: LoadedModel | None = None,
+    on_stage: Callable[[StageStart], None] | None = None,
+    tensorboard: Path | None = None,
 ) -> SynthesisReport:
     """Make sure that `pool` holds its first `count` images; finished batches are taken as they are.
 
@@ -55,12 +59,17 @@ def synthesize(
             that two runs write the same bytes).
         quiet: no progress bar.
         student: for the adversarial loss.
+        on_stage: called at the start of every stage of every batch that is made here.
+        tensorboard: a folder for loss and patches in TensorBoard's format.
 
     Raises:
         UserError: another process is filling the pool, the loss is no longer finite, or more ranks than batches.
+            A callback's errors go through.
     """
     config = pool.config
-    inverter = Inverter(pool.model, config, device, student)
+    if config.needs("earlier") and ranks() > 1:
+        raise UserError("a term that contrasts images with those of earlier batches (--cr) runs on one rank only")
+    inverter = Inverter(pool.model, config, device, student, pool.before)
     batches = range(math.ceil(count / config.batch_size))
     if ranks() > len(batches):
         raise UserError(
@@ -78,13 +87,16 @@ def synthesize(
             for number, batch in enumerate(missing):
                 reset_peak_memory(device)
                 start = time.perf_counter()
-                pool.write(batch, inverter.invert(batch, _shown(bar, number * config.iterations)))
+                inverted = inverter.invert(batch, _shown(bar, number * config.iterations), on_stage)
+                pool.write(batch, inverted)
                 _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
+                if tensorboard is not None:
+                    write_events(tensorboard, batch, inverted.losses.tolist(), inverter.stages)
         wait_for_all()
     logged = _logged(log, pool)
     known = [logged[batch] for batch in batches if batch in logged]
     return SynthesisReport(
-        strategy=config.strategy_name,
+        strategy=config.strategy,
         images=count,
         iterations=config.iterations,
         seconds=sum(entry["seconds"] for entry in known) if len(known) == len(batches) else None,

@@ -100,8 +100,8 @@ class Distiller:
         batch = take(batch, slice(rank(), None, ranks()))
         patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
         with torch.no_grad():
-            target = self.teacher(patches, positions)[0]
-        loss = distillation_loss(self.model(patches, positions)[0], target, self.temperature)
+            target = self.teacher(patches, positions).logits
+        loss = distillation_loss(self.model(patches, positions).logits, target, self.temperature)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -3,6 +3,15 @@
 from models.packed import pack_blocks
 from models.patches import PatchGrid, SparseImages
 from models.registry import DEFAULT_MODEL, LoadedModel, load_model
-from models.sparse_vit import SparseViT
+from models.sparse_vit import SparseViT, ViTOutput
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "PatchGrid", "SparseImages", "SparseViT", "load_model", "pack_blocks"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "LoadedModel",
+    "PatchGrid",
+    "SparseImages",
+    "SparseViT",
+    "ViTOutput",
+    "load_model",
+    "pack_blocks",
+]

@@ -14,7 +14,7 @@ from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
-from models.sparse_vit import SparseBlock, SparseViT
+from models.sparse_vit import BlockOutput, SparseBlock, SparseViT
 
 aten = torch.ops.aten
 
@@ -109,9 +109,15 @@ class PackedBlock(nn.Module):
         """Itself: nothing in it ever changes."""
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, queries: None = None, return_attended: bool = False) -> BlockOutput:
         """As `SparseBlock.forward` of all tokens."""
-        return _PackedBlock.apply(x, self), None
+        return BlockOutput(*_PackedBlock.apply(x, self, return_attended))
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """As `SparseBlock.attention_weights` of all tokens."""
+        qkv = self.qkv(self.norm1(x)[0]).unflatten(-1, (3, self.heads, -1))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """As `SparseBlock.flops`; every token is computed."""
@@ -120,7 +126,7 @@ class PackedBlock(nn.Module):
 
 class _PackedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, block: PackedBlock) -> Tensor:
+    def forward(ctx, x: Tensor, block: PackedBlock, return_attended: bool) -> tuple[Tensor, Tensor | None]:
         batch, tokens, _ = x.shape
         y, *moments1 = block.norm1(x)
         qkv = block.qkv(y).view(batch, tokens, 3, block.heads, -1)
@@ -132,24 +138,28 @@ class _PackedBlock(torch.autograd.Function):
         hidden = block.fc1(y)
         ctx.block = block
         ctx.save_for_backward(x, *moments1, weights, q, k, v, middle, *moments2, hidden)
-        return block.fc2.plus(aten.gelu(hidden, approximate=block.gelu), middle)
+        tokens = block.fc2.plus(aten.gelu(hidden, approximate=block.gelu), middle)
+        return tokens, out if return_attended else None
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor, to_attended: Tensor | None) -> tuple[Tensor, None, None]:
         block, grad = ctx.block, grad.contiguous()
         x, mean1, rstd1, weights, q, k, v, middle, mean2, rstd2, hidden = ctx.saved_tensors
         batch, tokens, _ = x.shape
         to_hidden = block.fc2.backward(grad)
         aten.gelu_backward.grad_input(to_hidden, hidden, approximate=block.gelu, grad_input=to_hidden)
         to_middle = block.norm2.backward(block.fc1.backward(to_hidden), middle, mean2, rstd2).add_(grad)
-        to_out = block.proj.backward(to_middle).view(batch, tokens, block.heads, -1)
+        to_out = block.proj.backward(to_middle)
+        if to_attended is not None:
+            to_out = to_out.add_(to_attended)
+        to_out = to_out.view(batch, tokens, block.heads, -1)
         to_out = pad_tokens(to_out.transpose(1, 2)).flatten(0, 1)
         to_qkv = x.new_empty(batch, tokens, 3, block.heads, q.shape[-1])
         for part, to_part in enumerate(attend_backward(weights, q, k, v, to_out)):
             to_part = to_part.view(batch, block.heads, -1, q.shape[-1])[:, :, :tokens]
             to_qkv[:, :, part] = to_part.transpose(1, 2)
         to_y = block.qkv.backward(to_qkv.flatten(2))
-        return block.norm1.backward(to_y, x, mean1, rstd1).add_(to_middle), None
+        return block.norm1.backward(to_y, x, mean1, rstd1).add_(to_middle), None, None
 
 
 def _gamma(scale: nn.Module) -> Tensor | None:

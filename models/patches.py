@@ -78,6 +78,11 @@ class SparseImages:
         """Whole images (B, C, H, W) with all their patches."""
         return cls(grid.patchify(images), grid.all_positions(len(images)), labels)
 
+    def last(self, count: int) -> SparseImages:
+        """The last `count` images, all of them if there are no more."""
+        start = max(len(self) - count, 0)
+        return SparseImages(self.patches[start:], self.positions[start:], self.labels[start:])
+
     def batches(self, size: int) -> list[SparseImages]:
         """The same images in batches of at most `size`."""
         parts = zip(self.patches.split(size), self.positions.split(size), self.labels.split(size), strict=True)

@@ -143,7 +143,7 @@ def load_model(
         with torch.device("meta"):  # refuse before anything is downloaded
             require_supported(timm.create_model(name, num_classes=1), name)
     weights = None if random_weights else _weights_file(name, named, model_path, classes is not None)
-    state = None if weights is None else _read_weights(weights)
+    state = None if weights is None else read_weights(weights)
     vit = _create(name, named, state, weights is None and not random_weights, classes)
     if named is not None and named.pretrained_cfg:
         vit.pretrained_cfg = {**vit.pretrained_cfg, **named.pretrained_cfg, "num_classes": named.classes}
@@ -197,7 +197,8 @@ def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | 
     return path
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a file, safetensors or torch's own. Raises `UserError` where there is none."""
     try:
         state = load_state_dict(str(path), weights_only=True)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):

@@ -6,6 +6,8 @@ computes no token that nobody reads, and the CLS attention can be had without st
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed
@@ -26,8 +28,6 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
 
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         refuse(f"it is a {type(vit).__name__}, not a timm VisionTransformer")
-    if vit.cls_token is None:
-        refuse("it has no class token, which is what ranks the patches")
     if type(vit.patch_embed) is not PatchEmbed:
         refuse(f"its patches are embedded by a {type(vit.patch_embed).__name__}, not by one convolution")
     if not vit.global_pool:
@@ -42,6 +42,24 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
             refuse(f"its blocks are {type(block).__name__}, only timm's plain Block is known")
         if type(block.attn) is not Attention:
             refuse(f"its attention is {type(block.attn).__name__}, only timm's plain Attention is known")
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection."""
+
+    tokens: Tensor
+    attended: Tensor | None = None
+
+
+class ViTOutput(NamedTuple):
+    """What `SparseViT` gives: logits (B, classes), what the classifier read (B, D), and what was asked for besides.
+
+    `attended`: for each block the attention's output of every patch (B, n, D), heads side by side, not projected yet.
+    """
+
+    logits: Tensor
+    features: Tensor
+    attended: tuple[Tensor, ...] = ()
 
 
 class SparseBlock(nn.Module):
@@ -66,23 +84,29 @@ class SparseBlock(nn.Module):
         """The taps, in the order of the forward pass."""
         return self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_attn_sum, self.tap_mlp_sum
 
-    def forward(self, x: Tensor, queries: int | None = None, return_attention: bool = False) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, D) -> tokens (B, Q, D) and, on request, the CLS row of the attention (B, T), mean over heads.
+    def forward(self, x: Tensor, queries: int | None = None, return_attended: bool = False) -> BlockOutput:
+        """One block.
 
         Args:
-            x: tokens.
+            x: tokens (B, T, D).
             queries: compute only the first Q tokens of the output; all of them if None.
-            return_attention: whether the CLS row is wanted; without it the second result is None.
+            return_attended: whether the attention's output is wanted as well.
         """
         y = self.norm1(x)
-        attend = self._attention_of_few if queries is not None and self._folds() else self._attention
-        out, cls_row = attend(y, queries, return_attention)
-        out = self.attn_norm(out)
+        out = (
+            self._attention_of_few(y, queries) if queries is not None and self._folds() else self._attention(y, queries)
+        )
+        out = attended = self.attn_norm(out)
         if self.gate is not None:
             out = out * self.gate(y[:, :queries]).sigmoid()
         x = self.tap_attn_sum(x[:, :queries] + self.ls1(self.proj(out)))
         x = self.tap_mlp_sum(x + self.ls2(self.mlp(self.norm2(x))))
-        return x, cls_row
+        return BlockOutput(x, attended if return_attended else None)
+
+    def attention_weights(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Tokens (B, T, D) -> what each of the first Q gives each token (B, Q, T), mean over heads."""
+        q, k, _ = self._qkv(self.norm1(x), queries)
+        return ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of `forward` on one image."""
@@ -94,23 +118,26 @@ class SparseBlock(nn.Module):
         layers = tokens * self.qkv.weight.numel() + queries * (inner * width + mlp + gate)
         return 2 * layers, 4 * queries * tokens * inner
 
-    def _attention(self, y: Tensor, queries: int | None, return_attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim), and the CLS row or None."""
+    def _qkv(self, y: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalized tokens (B, T, D) -> queries (B, heads, Q, head_dim), keys and values (B, heads, T, head_dim)."""
         q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k, v = self.tap_q(self.q_norm(q[:, :, :queries])), self.tap_k(self.k_norm(k)), self.tap_v(v)
-        if return_attention or type(self.tap_scores) is not nn.Identity:
-            weights = self.tap_scores((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-            out = weights @ v
+        return self.tap_q(self.q_norm(q[:, :, :queries])), self.tap_k(self.k_norm(k)), self.tap_v(v)
+
+    def _attention(self, y: Tensor, queries: int | None) -> Tensor:
+        """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim)."""
+        q, k, v = self._qkv(y, queries)
+        if type(self.tap_scores) is nn.Identity:
+            out = attention(q, k, v, self.scale)
         else:
-            weights, out = None, attention(q, k, v, self.scale)
-        return out.transpose(1, 2).flatten(2), weights[:, :, 0].mean(dim=1) if return_attention else None
+            out = self.tap_scores((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return out.transpose(1, 2).flatten(2)
 
     def _folds(self) -> bool:
         """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
         between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores)
         return type(self.qkv) is nn.Linear and all(type(module) is nn.Identity for module in between)
 
-    def _attention_of_few(self, y: Tensor, queries: int, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def _attention_of_few(self, y: Tensor, queries: int) -> Tensor:
         """As `_attention`, without a key or value of any token: q (W y) = (q W) y, and sum a (W y) = W (sum a y).
 
         A key's bias adds the same to every score of a query, which the softmax does not see.
@@ -122,8 +149,7 @@ class SparseBlock(nn.Module):
         weights = (asked @ y.transpose(1, 2)).softmax(dim=-1)
         seen = (weights @ y).unflatten(1, (queries, self.heads))
         out = torch.einsum("bqhw,hdw->bqhd", seen, v_weight).flatten(2)
-        out = out if v_bias is None else out + v_bias
-        return out, weights[:, : self.heads].mean(dim=1) if return_attention else None
+        return out if v_bias is None else out + v_bias
 
 
 class SparseViT(nn.Module):
@@ -156,34 +182,60 @@ class SparseViT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self.cls_token.device
+        return self.patch_proj.weight.device
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there is a class token, whose attention can rank the patches."""
+        return self.cls_token is not None
 
     def forward(
-        self, patches: Tensor, positions: Tensor, return_attention: bool = False, mirrored: bool | Tensor = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False, return_attended: bool = False
+    ) -> ViTOutput:
         """Run the model on kept patches.
 
         Args:
             patches: (B, n, C, height, width), normalized pixels.
             positions: (B, n), int64, the grid position of each.
-            return_attention: also return what the CLS token of the last block gives each patch, mean over heads.
             mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead);
                 a bool, or an int64 tensor () that is 0 or 1.
-
-        Returns:
-            logits (B, classes), and the attention (B, n) or None.
+            return_attended: also return what the attention of every block puts out.
         """
-        x = self._embed(patches, positions, mirrored)
+        x, attended = self._embed(patches, positions, mirrored), []
+        few = self.prefix_tokens if self.head.reads_prefix_only and not return_attended else None
+        for block in self.blocks:
+            x, out = block(x, few if block is self.blocks[-1] else None, return_attended)
+            if return_attended:
+                attended.append(out[:, self.prefix_tokens :])
+        features = self.head.features(self.norm(x))
+        return ViTOutput(self.head.classify(features), features, tuple(attended))
+
+    def attention_weights(self, patches: Tensor, positions: Tensor, last_only: bool = False) -> list[Tensor]:
+        """What every token gives every token in each block, mean over heads: (B, T, T), prefix tokens first.
+
+        Args:
+            patches: as for `forward`.
+            positions: as for `forward`.
+            last_only: the last block's alone.
+        """
+        x, weights = self._embed(patches, positions, False), []
+        for block in self.blocks:
+            last = block is self.blocks[-1]
+            if last or not last_only:
+                weights.append(block.attention_weights(x))
+            x = x if last else block(x).tokens
+        return weights
+
+    def class_attention(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """What the class token of the last block gives each patch (B, n), mean over heads."""
+        x = self._embed(patches, positions, False)
         for block in self.blocks[:-1]:
-            x, _ = block(x)
-        queries = self.prefix_tokens if self.head.reads_prefix_only else None
-        x, attention = self.blocks[-1](x, queries, return_attention)
-        logits = self.head(self.norm(x))
-        return logits, attention[:, self.prefix_tokens :] if return_attention else None
+            x = block(x).tokens
+        return self.blocks[-1].attention_weights(x, queries=1)[:, 0, self.prefix_tokens :]
 
     def forward_images(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of whole images (B, C, H, W)."""
-        return self(self.grid.patchify(images), self.grid.all_positions(len(images), images.device))[0]
+        return self(self.grid.patchify(images), self.grid.all_positions(len(images), images.device)).logits
 
     def forward_flops(self, patches: int) -> int:
         """Floating-point operations of the matrix products in a forward pass of one image with `patches` patches."""
@@ -196,7 +248,7 @@ class SparseViT(nn.Module):
 
     def _flops(self, patches: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of a forward pass of one image."""
-        width, tokens = self.cls_token.shape[-1], patches + self.prefix_tokens
+        width, tokens = self.patch_proj.out_features, patches + self.prefix_tokens
         layers, attention = 2 * (patches * self.grid.pixels * width + width * self.num_classes), 0
         for block in self.blocks:
             few = block is self.blocks[-1] and self.head.reads_prefix_only
@@ -219,15 +271,17 @@ class SparseViT(nn.Module):
         prefix, pos_embed = self._prefix_and_positions()
         x = self.patch_norm(x)
         x = x if pos_embed is None else x + pos_embed[positions]
-        x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
+        if prefix is not None:
+            x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
         return self.norm_pre(self.tap_embed(x))
 
-    def _prefix_and_positions(self) -> tuple[Tensor, Tensor | None]:
+    def _prefix_and_positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
-        prefix = torch.cat([self.cls_token] + ([] if self.other_tokens is None else [self.other_tokens]), dim=1)
+        tokens = [token for token in (self.cls_token, self.other_tokens) if token is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else None
         if self.pos_embed is None:
             return prefix, None
-        if not self.prefix_has_positions:
+        if prefix is None or not self.prefix_has_positions:
             return prefix, self.pos_embed[0]
         return prefix + self.pos_embed[:, : self.prefix_tokens], self.pos_embed[0, self.prefix_tokens :]
 
@@ -243,11 +297,18 @@ class _Head(nn.Module):
         self.attn_pool, self.fc_norm, self.head = vit.attn_pool, vit.fc_norm, vit.head
         self.head_dist = vit.head_dist if isinstance(vit, VisionTransformerDistilled) else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """Normalized tokens (B, T, D) -> what the classifier reads: (B, D), of a distilled model (B, 2, D)."""
         if self.head_dist is not None:
-            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+            return x[:, :2]
         if self.attn_pool is not None:
             x = self.attn_pool(x if self.include_prefix else x[:, self.prefix_tokens :])
         else:
             x = global_pool_nlc(x, self.pool_type, self.prefix_tokens, self.include_prefix)
-        return self.head(self.fc_norm(x))
+        return self.fc_norm(x)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features -> logits (B, classes)."""
+        if self.head_dist is not None:
+            return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
+        return self.head(features)

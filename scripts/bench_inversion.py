@@ -28,6 +28,7 @@ from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
 from inversion.capture import EAGER_STEPS
 from inversion.schedule import Stage
+from inversion.targets import distributions
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, pick_dtype, versions
@@ -96,8 +97,10 @@ class Engine:
         images = torch.randn(config.batch_size, *model.preprocessing.input_size, generator=generator).to(device)
         rows = torch.arange(config.batch_size, device=device)[:, None]
         self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions)
-        self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
-        self.run = self.inverter.stepper(self.canvas, self.inverter.adam(self.canvas), self.labels)
+        labels = torch.randint(model.classes, (config.batch_size,), generator=generator)
+        targets = distributions(labels, model.classes, config.soft_label).to(device)
+        self.inverter.begin(0, generator)
+        self.run = self.inverter.stepper(self.canvas, self.inverter.adam(self.canvas), targets)
         self.flops = config.batch_size * self.inverter.vit.step_flops(positions.shape[1])
 
     def step(self, jitter: Jitter) -> torch.Tensor:
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
     config = inversion_config(args, args.batch, dtype)
     grid = SparseViT(model.vit).grid
-    stages = config.strategy().stages(config.iterations, grid.count)
+    stages = config.strategy_object().stages(config.iterations, grid.count)
     size = 4096 if device.type == "cpu" else 8192
     peaks = {name: matmul_peak(device, getattr(torch, name), size) for name in {"float32", dtype}}
     rows = make_rows(model, config, device, stages, peaks)

@@ -62,13 +62,17 @@ def kept_parts(images: SparseImages, scores: Tensor, count: int) -> SparseImages
 
 
 @torch.inference_mode()
-def outputs(vit: SparseViT, images: SparseImages, attention: bool = False) -> Tensor:
-    """Logits (or what stands in for them), or the CLS token's attention, of all images, on the CPU."""
-    device = next(vit.parameters()).device
-    batches = (
-        vit(b.patches.to(device), b.positions.to(device), return_attention=attention) for b in images.batches(200)
-    )
-    return torch.cat([batch[int(attention)].float().cpu() for batch in batches])
+def logits_of(vit: SparseViT, images: SparseImages) -> Tensor:
+    """Logits (or what stands in for them) of all images, on the CPU."""
+    batches = (vit(b.patches.to(vit.device), b.positions.to(vit.device)) for b in images.batches(200))
+    return torch.cat([batch.logits.float().cpu() for batch in batches])
+
+
+@torch.inference_mode()
+def attention_to(vit: SparseViT, images: SparseImages) -> Tensor:
+    """The class token's attention to every patch of all images, on the CPU."""
+    batches = (vit.class_attention(b.patches.to(vit.device), b.positions.to(vit.device)) for b in images.batches(200))
+    return torch.cat([batch.float().cpu() for batch in batches])
 
 
 def fitted_head(features: Tensor, logits: Tensor) -> nn.Linear:
@@ -91,7 +95,7 @@ def kinds(teacher: LoadedModel, vit: SparseViT, args, output: Path) -> Iterator[
     """Every kind of images, one after another."""
     real = real_images(teacher, args.dataset, args.images, args.seed)
     yield "real", real
-    attention = outputs(vit, real, attention=True)
+    attention = attention_to(vit, real)
     generator = torch.Generator().manual_seed(args.seed)
     for count in args.kept:
         yield f"real, {count} patches by attention", kept_parts(real, attention, count)
@@ -104,7 +108,7 @@ def kinds(teacher: LoadedModel, vit: SparseViT, args, output: Path) -> Iterator[
     config = inversion_config(args, args.inversion_batchsize, pick_dtype(args.dtype, device))
     pool = ImagePool(args.datapool, teacher, config)
     synthesize(pool, args.images, device, output / "synthesis.jsonl")
-    yield config.strategy_name, pool.read(args.images)
+    yield config.strategy, pool.read(args.images)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -122,14 +126,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     vit, features = (SparseViT(model.vit.eval()).to(device) for model in (teacher, student))
     parts = [SparseImages.whole(vit.grid, images, labels) for images, labels in data]
     labels = torch.cat([part.labels for part in parts])
-    test_features, test_logits = (torch.cat([outputs(m, part) for part in parts]) for m in (features, vit))
+    test_features, test_logits = (torch.cat([logits_of(m, part) for part in parts]) for m in (features, vit))
     rows = [{"images": "teacher", "teacher_top1": top1(test_logits, labels), "top1": None}]
     for name, images in kinds(teacher, vit, args, output):
         generator = torch.Generator().manual_seed(args.seed)
         if args.augment:
             images = augmented(drawn(images, args.samples, generator), vit.grid, args.augment, generator)
-        logits = outputs(vit, images)
-        head = fitted_head(outputs(features, images), logits)
+        logits = logits_of(vit, images)
+        head = fitted_head(logits_of(features, images), logits)
         with torch.inference_mode():
             accuracy = top1(head(test_features), labels)
         sure = None if name == "Gaussian" else top1(logits, images.labels)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import test_quant
+from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
 from scripts import compare, quantizer_sensitivity
 from tests.conftest import run_script
@@ -78,8 +79,10 @@ def test_defaults_are_the_published_ones():
     args = test_quant.parser().parse_args([])
     assert (args.w_bit, args.a_bit, args.mode, args.seed, args.gpu) == (8, 8, 0, 0, 0)
     assert (args.calib_batchsize, args.val_batchsize, args.num_workers) == (32, 200, 4)
-    assert (args.iterations, args.lr_g, args.prune_it, args.prune_ratio) == (4000, 0.25, [-1], [0])
-    assert (args.oh, args.tv1, args.tv2, args.l2, args.bn, args.adv) == (1, 0, 1e-4, 0, 0, 0)
+    config = inversion_config(args, args.calib_batchsize, "float32")
+    assert (config.iterations, config.lr, config.prune_it, config.prune_ratio) == (4000, 0.25, (-1,), (0,))
+    assert config.weights == {"oh": 1, "tv1": 0, "tv2": 1e-4, "l2": 0, "bn": 0}
+    assert (config.strategy, config.importance, config.betas) == ("dense", "cls", (0.5, 0.99))
     assert args.datapool == "./datapool"
 
 

@@ -10,7 +10,7 @@ import inversion.engine
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, draw_jitters, jittered_positions
 from inversion.engine import batch_generator
-from inversion.losses import LossInputs, adversarial
+from inversion.priors.adversarial import disagreement
 from models import DEFAULT_MODEL, SparseViT, load_model
 from tests.conftest import tiny_model
 from tests.test_canvas import plain_tv
@@ -46,7 +46,7 @@ def test_inverted_digits_are_classified_as_their_labels(dtype, sparse, monkeypat
     assert batch.images.patches.dtype == torch.float32
     assert batch.images.positions.shape[1] == (21 if sparse else 64)
     with torch.no_grad():
-        logits, _ = SparseViT(model.vit)(batch.images.patches, batch.images.positions)
+        logits = SparseViT(model.vit)(batch.images.patches, batch.images.positions).logits
     assert (logits.argmax(dim=1) == batch.images.labels).float().mean() >= 0.9
     assert batch.losses[-10:].mean() < 0.5 * batch.losses[:10].mean()
 
@@ -123,18 +123,18 @@ def test_little_is_kept_for_the_backward_pass(dtype):
 
 def test_optimizer_state_goes_on_with_the_kept_patches(model):
     inverter, _ = spied_inverter(model, **SPARSE)
-    stops, stop = [], inverter._stop_patches
+    stops, stop = [], inverter._reduced
 
-    def spy(canvas, optimizer, keep):
+    def spy(canvas, optimizer, kept):
         state = copy.deepcopy(optimizer.state[canvas.pixels])
-        smaller, reduced = stop(canvas, optimizer, keep)
+        smaller, reduced = stop(canvas, optimizer, kept)
         kept_state = copy.deepcopy(reduced.state[smaller.pixels])
         stops.append(
             (canvas.positions, canvas.pixels.clone(), state, smaller.positions, smaller.pixels.clone(), kept_state)
         )
         return smaller, reduced
 
-    inverter._stop_patches = spy
+    inverter._reduced = spy
     inverter.invert(0)
     assert len(stops) == 2
     for before, pixels, state, after, kept_pixels, kept_state in stops:
@@ -169,7 +169,7 @@ def test_the_patches_with_the_most_cls_attention_go_on(model):
     inverter.invert(0)
     positions, _, pixels = seen[4]
     with torch.no_grad():
-        _, attention = inverter.vit(pixels, positions, return_attention=True)
+        attention = inverter.vit.class_attention(pixels, positions)
     top = attention.topk(12, dim=1).indices.sort(dim=1).values
     assert torch.equal(seen[5][0], positions.gather(1, top))
 
@@ -193,7 +193,7 @@ def test_sparse_step_is_plain_inversion_of_the_zero_filled_image(model):
         image = inverter.vit.grid.unpatchify(leaf, positions).roll((jitter.dy, jitter.dx), dims=(-2, -1))
         image = image.flip(-1) if jitter.flip else image
         target = jittered_positions(positions, inverter.vit.grid, jitter)
-        logits, _ = SparseViT(model.vit)(inverter.vit.grid.patchify(image)[rows, target], target)
+        logits = SparseViT(model.vit)(inverter.vit.grid.patchify(image)[rows, target], target).logits
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss = loss + 0.3 * plain_tv(leaf, canvas, 1) + 0.01 * plain_tv(leaf, canvas, 2) + 0.01 * leaf.norm()
         torch.testing.assert_close(batch.losses[iteration], loss.detach(), rtol=1e-4, atol=1e-5)
@@ -219,7 +219,20 @@ def test_nan_loss_is_one_clear_error():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"weights": {"oh": 1.0, "bn": 1.0}}, "--bn"),
+        ({"weights": {"oh": 1.0, "no": 1.0}}, "term no is unknown; there are oh"),
+        ({"strategy": "no"}, "--strategy no is unknown; there are dense, smi"),
+        ({"strategy": "random"}, "needs a schedule"),
+        ({"strategy": "pri", "prune_it": (5,), "prune_ratio": (0.5,)}, "has no schedule"),
+        ({"importance": "no"}, "there are cls, rollout"),
+        ({"targets": ("cats",)}, "--targets cats"),
+        ({"soft_label": 1.0}, "--soft_label"),
+        ({"projections": ("lowpass:cutoff=2",)}, "cutoff 2.0"),
+        ({"projections": ("lowpass:cut=1",)}, "cutoff=0.8,every=100"),
+        ({"projections": ("blur",)}, "there are clamp, lowpass"),
+        ({"lr_schedule": "no"}, "there are constant, cosine"),
+        ({"iterations": 10, "warmup": 10}, "--warmup"),
+        ({"iterations": 10, "snapshots": (11,)}, "--snapshots 11"),
+        ({"betas": (0.5, 1.0)}, "--betas"),
         ({"weights": {"oh": 1.0, "adv": 1.0}}, "--adv"),
         ({"weights": {"oh": 0.0}}, "weight is 0"),
         ({"weights": {"oh": -1.0}}, "--oh"),
@@ -234,21 +247,6 @@ def test_impossible_configurations_are_refused(change, why):
         InversionConfig(**change)
 
 
-def disagreement(logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
-    return adversarial(LossInputs(logits, torch.zeros(4), None, student_logits))
-
-
-def test_adversarial_loss_is_one_minus_the_divergence_and_its_gradient():
-    teacher, student = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
-    p, q = teacher.softmax(1), student.softmax(1)
-    m = (p + q) / 2
-    divergence = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
-    torch.testing.assert_close(disagreement(teacher, student), 1 - divergence)
-    assert disagreement(teacher, teacher) == pytest.approx(1)
-    leaves = [teacher.requires_grad_(), student.requires_grad_()]
-    assert torch.autograd.gradcheck(disagreement, leaves)
-
-
 def test_adversarial_images_are_those_that_the_student_gets_wrong(monkeypatch):
     """The student is the teacher with a disturbed head."""
     monkeypatch.setattr(inversion.engine, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
@@ -260,7 +258,7 @@ def test_adversarial_images_are_those_that_the_student_gets_wrong(monkeypatch):
     for adv, described in ((0.0, None), (10.0, "disturbed")):
         config = InversionConfig(iterations=30, weights={"oh": 1.0, "adv": adv}, batch_size=8, student=described)
         images = Inverter(teacher, config, CPU, student).invert(0).images
-        logits = (SparseViT(model.vit)(images.patches, images.positions)[0] for model in (teacher, student))
+        logits = (SparseViT(model.vit)(images.patches, images.positions).logits for model in (teacher, student))
         found[adv] = 1 - disagreement(*logits).item()
     assert found[10.0] > 2 * found[0.0]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import models.attention
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, PatchCanvas, jittered_positions
+from inversion.targets import distributions
 from models import DEFAULT_MODEL, LoadedModel, load_model
 from models.packed import PackedBlock
 from models.sparse_vit import SparseBlock
@@ -42,7 +43,8 @@ def plain_step(model: LoadedModel, pixels, positions, labels, jitter) -> tuple[t
 def engine_step(inverter: Inverter, pixels, positions, labels, jitter) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the engine; the gradient is what it left for the optimizer."""
     canvas = PatchCanvas(inverter.vit.grid, pixels.clone(), positions)
-    loss = inverter._step(canvas, inverter.adam(canvas), labels, jitter)
+    targets = distributions(labels, inverter.vit.num_classes, 0.0)
+    loss = inverter._step(canvas, inverter.adam(canvas), targets, jitter)
     return loss, canvas.pixels.grad
 
 

@@ -149,7 +149,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, cifar_state):
         ("vit_tiny_patch16_225", "vit_tiny_patch16_224"),
         ("resnet50", "ResNet"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("vit_base_patch16_gap_224", "class token"),
         ("local-dir:/nowhere", r"config\.json"),
         ("deit_tiny_16_cifar10", "--model_path"),
     ],

@@ -82,9 +82,9 @@ def test_quantized_forward_is_the_plain_formula(options):
     vit = SparseViT(tiny_vit(**options))
     images = SparseImages.whole(vit.grid, torch.randn(8, 3, 32, 32), torch.zeros(8))
     with torch.no_grad():
-        before = vit(images.patches, images.positions)[0]
-        quantized = calibrate(vit, images, 8, 8)(images.patches, images.positions)[0]
-        after = vit(images.patches, images.positions)[0]
+        before = vit(images.patches, images.positions).logits
+        quantized = calibrate(vit, images, 8, 8)(images.patches, images.positions).logits
+        after = vit(images.patches, images.positions).logits
     assert torch.equal(before, after)
     error = (quantized - before).abs().max() / before.abs().max()
     assert 0 < error < 0.1
@@ -110,13 +110,13 @@ def test_weights_are_quantized_once(vit, images):
 def test_32_bits_leave_the_model_alone(vit, images):
     same = calibrate(vit, images, 32, 32)
     with torch.no_grad():
-        assert torch.equal(same(images.patches, images.positions)[0], vit(images.patches, images.positions)[0])
+        assert torch.equal(same(images.patches, images.positions)[0], vit(images.patches, images.positions).logits)
 
     assert not quantizers(same)
 
 
 def test_fewer_bits_are_further_off(vit, images):
-    expected = vit(images.patches, images.positions)[0]
+    expected = vit(images.patches, images.positions).logits
     errors = [
         (calibrate(vit, images, bits, bits)(images.patches, images.positions)[0] - expected).norm().item()
         for bits in (8, 6, 4, 2)

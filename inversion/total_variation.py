@@ -1,13 +1,8 @@
-"""The terms of the inversion loss. Each is a function of a `LossInputs` that returns a scalar; `LOSSES` names them."""
+"""Total variation of kept patches, with its gradient written out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.canvas import Neighbours, PatchCanvas
@@ -16,61 +11,12 @@ from inversion.canvas import Neighbours, PatchCanvas
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What a loss may look at.
+def total_variation(canvas: PatchCanvas, order: int) -> Tensor:
+    """Sum over four directions of the norm (order 2) or the mean absolute value (order 1) of neighbour differences.
 
-    `logits` and, if there is a student, `student_logits` (B, classes) of the jittered image, `labels` (B,), the
-    un-jittered pixels.
+    The norm goes over the whole batch. Only pairs of pixels that both lie in kept patches count.
     """
-
-    logits: Tensor
-    labels: Tensor
-    canvas: PatchCanvas
-    student_logits: Tensor | None = None
-
-
-def one_hot(inputs: LossInputs) -> Tensor:
-    """Cross-entropy of the logits with the target labels, mean over the batch."""
-    return F.cross_entropy(_precise(inputs.logits), inputs.labels)
-
-
-def tv_l2(inputs: LossInputs) -> Tensor:
-    """Sum of the Frobenius norms of the four neighbour differences over the batch (DeepInversion, CVPR 2020, R_TV).
-
-    Only pairs of pixels that both lie in kept patches count.
-    """
-    return _TotalVariation.apply(inputs.canvas.pixels, inputs.canvas.neighbours, 2)
-
-
-def tv_l1(inputs: LossInputs) -> Tensor:
-    """Sum of the means of the four absolute neighbour differences, over pairs in kept patches."""
-    return _TotalVariation.apply(inputs.canvas.pixels, inputs.canvas.neighbours, 1)
-
-
-def l2(inputs: LossInputs) -> Tensor:
-    """Frobenius norm of the kept pixels of the batch (DeepInversion, CVPR 2020, R_l2)."""
-    return torch.linalg.vector_norm(inputs.canvas.pixels)
-
-
-def adversarial(inputs: LossInputs) -> Tensor:
-    """1 - JS(teacher, student), mean over the batch: images that the two disagree on (DeepInversion, R_compete, eq. 9).
-
-    JS is the Jensen-Shannon divergence of the two predicted distributions, in nats: 0 .. log 2.
-    """
-    teacher, student = (F.log_softmax(_precise(z), dim=1) for z in (inputs.logits, inputs.student_logits))
-    mean = torch.logaddexp(teacher, student) - math.log(2)
-    halves = (F.kl_div(mean, log_p, reduction="batchmean", log_target=True) for log_p in (teacher, student))
-    return 1 - sum(halves) / 2
-
-
-Loss = Callable[[LossInputs], Tensor]
-LOSSES: dict[str, Loss] = {"oh": one_hot, "tv1": tv_l1, "tv2": tv_l2, "l2": l2, "adv": adversarial}
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """In float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _TotalVariation.apply(canvas.pixels, canvas.neighbours, order)
 
 
 def _crossing(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:

@@ -1,0 +1,83 @@
+"""What is done to the pixels after a step, to keep them images. `PROJECTIONS` names the ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inversion.canvas import PatchCanvas
+from utils.errors import UserError
+
+
+class Projection(Protocol):
+    """Changes the pixels in place, every `every` iterations."""
+
+    every: int
+
+    def __call__(self, canvas: PatchCanvas) -> None:
+        """Project the canvas."""
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Pixels stay between black and white, channel by channel. Every inversion ends a step with it."""
+
+    black: Tensor
+    white: Tensor
+    every: int = 1
+
+    def __call__(self, canvas: PatchCanvas) -> None:
+        torch.clamp(canvas.pixels, self.black, self.white, out=canvas.pixels)
+
+
+@dataclass(frozen=True)
+class LowPass:
+    """Drops what oscillates faster than `cutoff` times the highest frequency of the pixel grid, in either direction.
+
+    Stopped patches count as zeros; what the filter would put there is dropped.
+    """
+
+    cutoff: float = 0.8
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cutoff <= 1:
+            raise UserError(f"--projection lowpass: cutoff {self.cutoff} is not in (0, 1]")
+        if self.every < 1 or self.every != int(self.every):
+            raise UserError(f"--projection lowpass: every {self.every} is not a number of iterations")
+
+    def __call__(self, canvas: PatchCanvas) -> None:
+        grid = canvas.grid
+        images = grid.unpatchify(canvas.pixels, canvas.positions)
+        spectrum = torch.fft.rfft2(images)
+        rows = torch.fft.fftfreq(images.shape[-2], device=images.device).abs()
+        cols = torch.fft.rfftfreq(images.shape[-1], device=images.device)
+        spectrum *= (rows <= self.cutoff / 2)[:, None] & (cols <= self.cutoff / 2)
+        smooth = grid.patchify(torch.fft.irfft2(spectrum, s=images.shape[-2:]))
+        chosen = torch.arange(len(smooth), device=smooth.device)[:, None]
+        canvas.pixels.copy_(smooth[chosen, canvas.positions])
+
+
+PROJECTIONS: dict[str, Callable[..., Projection]] = {"lowpass": LowPass}
+
+
+def parse_projection(text: str) -> Projection | None:
+    """`clamp` -> None, for it is always there; `NAME` or `NAME:key=value,key=value` -> that projection.
+
+    Raises:
+        UserError: an unknown name or key, or a value that is no number.
+    """
+    name, _, rest = text.partition(":")
+    if name == "clamp" and not rest:
+        return None
+    if name not in PROJECTIONS:
+        raise UserError(f"--projection {name} is unknown; there are clamp, {', '.join(PROJECTIONS)}")
+    try:
+        values = {key: float(value) for key, value in (part.split("=") for part in rest.split(",") if part)}
+        return PROJECTIONS[name](**values)
+    except (ValueError, TypeError):
+        raise UserError(f"--projection {text}: what follows the colon must be like cutoff=0.8,every=100") from None
