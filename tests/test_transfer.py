@@ -307,10 +307,11 @@ def test_the_ceiling_of_a_linear_head_is_least_squares_and_of_real_images_the_hi
 
 
 def test_compare_tabulates_what_students_learn(tmp_path):
-    flags = "--epochs 1 --images_per_epoch 4 --inversion-batchsize 4 --kd_steps 2 --kr-batchsize 4".split()
-    flags += "--iterations 8 --prune_it 2 --prune_ratio 0.5 --val_limit 40 --num-workers 0".split()
-    flags += ["--baselines", "gaussian", "--strategies", "smi", "pri", "--students", "linear", "scratch"]
-    flags += ["--scratch", "--optimizer adamw --lr 0.001", "--datapool", str(tmp_path / "pool")]
+    flags = ["--epochs", "1", "--images_per_epoch", "4", "--inversion-batchsize", "4", "--kd_steps", "2"]
+    flags += ["--kr-batchsize", "4", "--iterations", "8", "--prune_it", "2", "--prune_ratio", "0.5"]
+    flags += ["--val_limit", "40", "--num-workers", "0", "--baselines", "gaussian", "--strategies", "smi", "pri"]
+    flags += ["--students", "linear", "scratch", "--scratch", "--optimizer adamw --lr 0.001"]
+    flags += ["--datapool", str(tmp_path / "pool")]
     summary = compare_kt.main([*flags, "--output", str(tmp_path / "out")])
     found = {(row["data"], row["finetune"], row["student_init"]) for row in summary}
     kinds = (("linear", "pretrained"), ("full", "scratch"))
