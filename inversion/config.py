@@ -145,6 +145,14 @@ class InversionConfig:
             del same["pri_division"]
         return same
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, object]) -> InversionConfig:
+        """The configuration that `settings` describes. Raises `UserError` where they are of another version."""
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        except TypeError as error:
+            raise UserError(f"these are not the settings of an inversion: {error}") from None
+
     def strategy_object(self) -> Strategy:
         """The strategy that the configuration asks for."""
         return STRATEGIES[self.strategy](self)

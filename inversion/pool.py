@@ -70,6 +70,21 @@ class ImagePool:
         with rank_zero_first():
             self._open()
 
+    @classmethod
+    def existing(cls, folder: Path, model: LoadedModel) -> ImagePool:
+        """The pool in a folder, whatever its configuration is.
+
+        Raises:
+            UserError: there is none, or it is of another model.
+        """
+        file = folder / "pool.json"
+        if not file.is_file():
+            raise UserError(f"{folder} is not an image pool: it has no pool.json")
+        pool = cls(folder.parent, model, InversionConfig.from_settings(read_json(file).get("inversion", {})))
+        if pool.path.resolve() != folder.resolve():
+            raise UserError(f"{folder} is a pool of another model than {model.name}")
+        return pool
+
     def has(self, batch: int) -> bool:
         """Whether batch number `batch` is complete."""
         return self._batch_file(batch).is_file()

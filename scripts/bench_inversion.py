@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +117,14 @@ def parser() -> Parser:
     add("--random_weights", action="store_true", help="do not load weights: time does not depend on them")
     add("--batch", type=positive, default=32, help="images per batch")
     add("--repeats", type=positive, default=5, help="timed iterations of each, after one to warm up")
+    add(
+        "--divisions",
+        type=positive,
+        nargs="*",
+        default=[],
+        metavar="V",
+        help="also time pri at these divisions",
+    )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--gpu", type=int, default=0, help="number of the CUDA GPU")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of the engine")
@@ -253,6 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
                 if number >= first:
                     row.seconds.append(seconds)
         del contenders
+    strategies = strategy_seconds(model, config, device, args.divisions, args.repeats) if args.divisions else None
     report = {
         "model": args.model,
         "batch": args.batch,
@@ -264,6 +273,7 @@ def main(argv: list[str] | None = None) -> dict:
         "rows": [row.result(args.batch) for row in rows],
         "schedule_seconds": {name: schedule_seconds(rows, name, stages) for name in ("reference", "engine")},
         "speedup": speedups(rows, stages),
+        "seconds_per_image": strategies,
         "versions": versions(),
     }
     file = output / f"{args.model.rstrip('/').split('/')[-1]}-b{args.batch}-{device.type}.json"
@@ -309,6 +319,34 @@ def speedups(rows: list[Row], stages: tuple[Stage, ...]) -> dict[str, float]:
     }
 
 
+def strategy_seconds(
+    model: LoadedModel, config: InversionConfig, device: torch.device, divisions: list[int], repeats: int
+) -> dict[str, float]:
+    """Seconds of a whole run per image: dense, on the schedule, and by Patch Rebirth Inversion.
+
+    The iterations of all stages of all of them are timed in turns; each batch has as many trajectories.
+    """
+    unscheduled = replace(config, strategy=None, prune_it=(-1,), prune_ratio=(0.0,))
+    configs = {"dense": unscheduled, config.strategy: config}
+    configs |= {f"pri {v}": replace(unscheduled, strategy="pri", pri_division=v) for v in divisions}
+    grid = SparseViT(model.vit).grid
+    plans = {name: c.strategy_object().stages(c.iterations, grid.count) for name, c in configs.items()}
+    counts = sorted({stage.patches for stages in plans.values() for stage in stages}, reverse=True)
+    engines = {n: Engine(model, config, device, random_positions(grid, config.batch_size, n, device)) for n in counts}
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    first = warm_up(device)
+    for number, jitter in enumerate(draw_jitters(repeats + first, grid, torch.Generator().manual_seed(0))):
+        for count, engine in engines.items():
+            spent = timed(engine.step, jitter, device)
+            if number >= first:
+                seconds[count].append(spent)
+    found = {}
+    for name, stages in plans.items():
+        images = config.batch_size * (len(stages) if configs[name].strategy_object().detaches else 1)
+        found[name] = sum(s.iterations * statistics.median(seconds[s.patches]) for s in stages) / images
+    return found
+
+
 def print_report(report: dict, file: Path) -> None:
     """The table and the ratios."""
     print(f"{report['model']}, {report['batch']} images, {report['device']}, engine in {report['dtype']}")
@@ -328,6 +366,11 @@ def print_report(report: dict, file: Path) -> None:
     for name, seconds in report["schedule_seconds"].items():
         print(f"whole schedule, {name}: {seconds:.0f} s")
     print("speed-up: " + ", ".join(f"{name} {value:.2f}x" for name, value in report["speedup"].items()))
+    if report["seconds_per_image"]:
+        per_image = report["seconds_per_image"]
+        base = list(per_image.values())[1]
+        lines = [[name, f"{value:.2f}", f"{value / base:.2f}"] for name, value in per_image.items()]
+        print(table(["strategy", "s/image", "ratio"], lines))
     print(f"written: {file}")
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Compare what students learn from real images, noise, dense and sparse inversion: runs of test_kt.py, in one table.
+"""Compare what students learn from the images of every method: runs of test_kt.py, in one table.
 
-Each cell is a run in OUTPUT/DATA-STUDENT and goes on where it was stopped; OUTPUT/summary.json has the table.
+Methods are baselines (real images, noise) and every prior with every strategy. Each cell is a run in
+OUTPUT/MODEL-METHOD-STUDENT-sSEED and goes on where it was stopped. OUTPUT gets results.csv, summary.json,
+accuracy.png and images.png.
 """
 
 from __future__ import annotations
@@ -12,87 +14,128 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 import test_kt
+from inversion import ImagePool
+from models import DEFAULT_MODEL, load_model
+from scripts.comparison import (
+    Method,
+    add_grid_arguments,
+    costs,
+    means,
+    methods,
+    print_table,
+    save_images,
+    write_results,
+)
 from utils.cli import Parser
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
-from utils.report import duration, table
 
-MODE_OF = {"real": 2, "gaussian": 1, "dense": 0, "smi": 0}
 STUDENTS = {
     "linear": ["--student_init", "pretrained", "--finetune", "linear"],
     "full": ["--student_init", "pretrained", "--finetune", "full"],
     "scratch": ["--student_init", "scratch", "--finetune", "full"],
 }
+VARIED = {"--model", "--mode", "--seed", "--finetune", "--student_init", "--prior", "--strategy", "--output"}
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and those that go to test_kt.py as they are."""
     parser = Parser(__doc__ + " Every other flag goes to test_kt.py.")
+    add_grid_arguments(parser, seed=42)
     add = parser.add_argument
-    add("--data", nargs="+", choices=MODE_OF, default=list(MODE_OF), help="kinds of images to learn from")
-    add("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="students, one table row each")
-    add("--linear_lr", metavar="LR", help="learning rate where the head alone learns; default --lr")
-    add("--output", metavar="DIR", default="./runs/compare_kt", help="where runs and table go")
+    add("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="what learns, and from which weights")
+    add("--linear", metavar="FLAGS", default="", help='further flags where the head alone learns, such as "--lr 0.1"')
+    add("--scratch", metavar="FLAGS", default="", help="further flags of students from scratch")
+    add("--output", metavar="DIR", default="./runs/compare_kt", help="where everything goes")
     args, others = parser.parse_known_args(argv)
-    taken = {"--mode", "--finetune", "--student_init", "--student-init"} & set(others)
+    taken = VARIED & {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in others}
     if taken:
-        raise UserError(f"{sorted(taken)[0]} is what this script varies; use --data and --students")
+        raise UserError(f"{sorted(taken)[0]} is what this script varies; see --help")
     return args, others
 
 
-def run_cell(data: str, student: str, args: argparse.Namespace, others: list[str], output: Path) -> dict:
+def run_cell(model: str, method: Method, student: str, seed: int, further: list[str], output: Path) -> dict:
     """One run of test_kt.py, as a row."""
-    flags = [*others, *STUDENTS[student], "--mode", str(MODE_OF[data]), "--output", str(output / f"{data}-{student}")]
-    if data == "dense":
-        flags += ["--prune_it", "-1", "--prune_ratio", "0"]
-    if student == "linear" and args.linear_lr is not None:
-        flags += ["--lr", args.linear_lr]
-    print(f"== {data} images, {student}", flush=True)
-    report = test_kt.main(flags)
+    short = model.rstrip("/").split("/")[-1]
+    folder = output / f"{short}-{method.name}-{student}-s{seed}"
+    print(f"== {model}, {method.name}, {student}, seed {seed}", flush=True)
+    flags = [*further, "--model", model, "--seed", str(seed), *method.flags, *STUDENTS[student]]
+    report = test_kt.main([*flags, "--output", str(folder)])
     return {
-        "data": data,
+        "task": "kt",
+        "model": model,
+        "method": method.name,
+        "data": method.name,
+        "prior": method.prior,
+        "strategy": method.strategy,
+        "seed": seed,
+        "student": student,
         "finetune": report["finetune"],
         "student_init": report["student_init"],
         "top1": report["student"]["best_top1"],
         "last_top1": report["student"]["top1"],
-        "synthesis_seconds": report["synthesis"]["seconds"],
-        "distill_seconds": report["distill"]["seconds"],
-        "images": report["pool"]["images"],
-        "steps": report["distill"]["steps"],
         "teacher_top1": report["teacher"]["top1"],
+        **costs(report["synthesis"], report["pool"]["images"]),
+        "distill_seconds": report["distill"]["seconds"],
+        "steps": report["distill"]["steps"],
+        "pool": report["pool"]["path"],
     }
+
+
+def with_known_costs(rows: list[dict]) -> list[dict]:
+    """A pool is made by the first run that needs it; the others take it as it is, at no time of their own."""
+    made = {row["pool"]: row for row in rows if row["pool"] and row["synthesis_seconds"] is not None}
+    keys = ("synthesis_seconds", "images_per_second", "peak_memory_mb")
+    return [{**row, **{key: made[row["pool"]][key] for key in keys}} if row["pool"] in made else row for row in rows]
+
+
+def shown(rows: list[dict], model: str, further: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Images in [0, 1] and labels of every pool of a model, by method, for the first seed."""
+    teacher = load_model(model, test_kt.parser().parse_args(further).model_path)
+    found = {}
+    for row in rows:
+        if row["model"] == model and row["pool"] and row["method"] not in found:
+            pool = ImagePool.existing(Path(row["pool"]), teacher)
+            images = pool.read(min(row["images"], 100))
+            pixels = teacher.preprocessing.denormalize(images.patches)
+            found[row["method"]] = pool.grid.unpatchify(pixels, images.positions), images.labels
+    return found
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run every cell, print and write the table."""
     args, others = parse_arguments(argv)
-    output = writable_folder(args.output, "--output")
-    rows = [run_cell(data, student, args, others, output) for student in args.students for data in args.data]
-    # A pool is made by the first run that needs it; the others take it as it is, at no time of their own.
-    for row in rows:
-        if row["synthesis_seconds"] is None:
-            known = (other["synthesis_seconds"] for other in rows if other["data"] == row["data"])
-            row["synthesis_seconds"] = next((seconds for seconds in known if seconds is not None), None)
-    teacher = {"data": "teacher", "top1": rows[0]["teacher_top1"]}
-    write_json(output / "summary.json", [*rows, teacher])
-    names = {("pretrained", "linear"): "linear", ("pretrained", "full"): "full", ("scratch", "full"): "scratch"}
-    lines = [
-        [
-            names[row["student_init"], row["finetune"]],
-            row["data"],
-            f"{row['top1']:.2f}",
-            f"{row['last_top1']:.2f}",
-            row["images"],
-            row["steps"],
-            duration(row["synthesis_seconds"]),
-            duration(row["distill_seconds"]),
-        ]
-        for row in rows
+    chosen, output = methods(args), writable_folder(args.output, "--output")
+    further = {"linear": args.linear.split(), "full": [], "scratch": args.scratch.split()}
+    models = args.models or [DEFAULT_MODEL]
+    rows = [
+        run_cell(model, method, student, seed, [*others, *further[student]], output)
+        for model in models
+        for student in args.students
+        for seed in args.seeds
+        for method in chosen
     ]
-    print(f"\nteacher: {teacher['top1']:.2f}")
-    print(table(["student", "images from", "best %", "last %", "images", "steps", "synthesis", "distillation"], lines))
-    return rows
+    rows = with_known_costs(rows)
+    summary = means(rows, ("model", "method", "student"))
+    write_results(output, rows, summary, "student")
+    teachers = [
+        {"data": "teacher", "model": model, "top1": next(row["teacher_top1"] for row in rows if row["model"] == model)}
+        for model in models
+    ]
+    write_json(output / "summary.json", [*summary, *teachers])
+    for number, model in enumerate(models):
+        pictures = shown(rows, model, others)
+        if pictures:
+            short = model.rstrip("/").split("/")[-1]
+            save_images(output / ("images.png" if number == 0 else f"images-{short}.png"), pictures)
+    print_table(summary, "student")
+    for teacher in teachers:
+        print(f"teacher {teacher['model']}: {teacher['top1']:.2f}")
+    print(f"rows, summary and pictures: {output}")
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: reports, pictures, and one clear line for every wrong input."""
 
+import csv
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 import test_quant
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
-from scripts import compare, quantizer_sensitivity
+from scripts import compare, figure_pipeline, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -86,14 +87,22 @@ def test_defaults_are_the_published_ones():
     assert args.datapool == "./datapool"
 
 
-SCRIPTS = ["test_quant.py", "test_kt.py", "scripts/compare.py", "scripts/train_teacher.py", "scripts/linear_ceiling.py"]
+SCRIPTS = [
+    "test_quant.py",
+    "test_kt.py",
+    "scripts/compare.py",
+    "scripts/compare_kt.py",
+    "scripts/figure_pipeline.py",
+    "scripts/train_teacher.py",
+    "scripts/linear_ceiling.py",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script):
     result = run_script(script, "--help")
     assert result.returncode == 0
-    assert "--seed" in result.stdout
+    assert "--output" in result.stdout
     assert result.stderr == ""
 
 
@@ -182,25 +191,63 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, quick):
 
 
 def test_compare_keeps_finished_cells(tmp_path, capsys):
-    flags = [*QUICK, "--bits", "8/8", "4/4", "--calibrations", "gaussian", "smi", "--seeds", "0", "1", "--val_limit"]
-    flags += ["40", "--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
+    flags = ["--iterations", "30", "--calib-batchsize", "4", "--prune_it", "5", "10", "--prune_ratio", "0.3", "0.3"]
+    flags += ["--bits", "8/8", "4/4", "--baselines", "gaussian", "--priors", "deepinversion", "cmi", "--strategies"]
+    flags += ["smi", "pri", "--seeds", "0", "1", "--val_limit", "40", "--with", "cmi", "--cr 0.1"]
+    flags += ["--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
     summary = compare.main(flags)
     rows = (tmp_path / "out" / "rows.jsonl").read_text()
-    assert len(rows.splitlines()) == 1 + 2 * 2 * 2
-    cells = {(row["calibration"], row["w_bit"], row["a_bit"]) for row in summary}
-    assert cells == {("none", 32, 32), ("gaussian", 8, 8), ("gaussian", 4, 4), ("smi", 8, 8), ("smi", 4, 4)}
-    assert all(row.keys() >= {"top1", "seconds"} for row in summary)
+    assert len(rows.splitlines()) == 1 + 5 * 2 * 2
+    found = {(row["method"], row["width"]) for row in summary}
+    names = ("gaussian", "smi", "pri", "cmi-smi", "cmi-pri")
+    assert found == {(name, width) for name in names for width in ("W8/A8", "W4/A4")}
+    inverted = [row for row in summary if row["method"] != "gaussian"]
+    assert all(row["synthesis_seconds"] > 0 and row["gflop_per_image"] > 0 for row in inverted)
+    assert all(len(row["top1_per_seed"]) == 2 and row["top1_std"] is not None for row in summary)
     assert compare.main(flags) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert "W4/A4" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "images.png").size[0] > 800  # two grids
+    lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(lines) == 20
+    assert {line["prior"] for line in lines} == {"", "deepinversion", "cmi"}
+    for picture in ("accuracy.png", "images.png"):
+        assert Image.open(tmp_path / "out" / picture).size[0] > 400
+
+
+def test_compare_refuses_what_it_varies_and_flags_of_nothing(tmp_path):
+    for flags, why in ((["--prior", "psaq"], "--prior is what"), (["--with", "psaq", "--tvt 1"], "--with psaq")):
+        with pytest.raises(UserError, match=why):
+            compare.main([*flags, "--output", str(tmp_path)])
 
 
 def test_sensitivity_leaves_quantizers_out(tmp_path):
-    flags = ["--calibrations", "gaussian", "--bits", "32/4", "--val_limit", "40", "--output", str(tmp_path)]
+    flags = [
+        "--baselines",
+        "gaussian",
+        "--strategies",
+        "--bits",
+        "32/4",
+        "--val_limit",
+        "40",
+        "--output",
+        str(tmp_path),
+    ]
     rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
     assert rows["every activation"] > 90
     assert rows["every activation"] > rows["residual sums"] > rows["nothing"]
+
+
+def test_pipeline_figure_of_a_pool_with_snapshots(tmp_path):
+    flags = [*QUICK, "--val_limit", "8", "--output", str(tmp_path / "out"), "--datapool", str(tmp_path / "pool")]
+    report = test_quant.main([*flags, "--snapshots", "0", "5", "10", "30"])
+    figure = figure_pipeline.main([report["inversion"]["pool"], "--output", str(tmp_path / "figure.png")])
+    assert Image.open(figure).size[0] > 400
+    with pytest.raises(UserError, match="0 to 3"):
+        figure_pipeline.main([report["inversion"]["pool"], "--images", "4", "--output", str(tmp_path / "no.png")])
+    without = test_quant.main(flags)["inversion"]["pool"]
+    for pool, why in ((without, "--snapshots"), (str(tmp_path), "pool.json")):
+        with pytest.raises(UserError, match=why):
+            figure_pipeline.main([pool, "--output", str(tmp_path / "no.png")])
 
 
 def test_parser_errors_are_user_errors():

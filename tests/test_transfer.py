@@ -17,7 +17,7 @@ import test_kt
 import test_quant
 from kt import AUGMENTATIONS, Distiller, augmented, distillation_loss, load_student, save_student
 from models import PatchGrid, SparseImages, SparseViT, load_model
-from scripts import linear_ceiling
+from scripts import compare_kt, linear_ceiling
 from tests.conftest import ROOT, run_script, tiny_model
 from utils.errors import UserError
 
@@ -304,3 +304,20 @@ def test_the_ceiling_of_a_linear_head_is_least_squares_and_of_real_images_the_hi
     assert rows["teacher"]["teacher_top1"] > 95
     assert all(row["top1"] < rows["real"]["top1"] for name, row in rows.items() if name not in ("teacher", "real"))
     assert json.loads((tmp_path / "out" / "linear_ceiling.json").read_text()) == list(rows.values())
+
+
+def test_compare_tabulates_what_students_learn(tmp_path):
+    flags = ["--epochs", "1", "--images_per_epoch", "4", "--inversion-batchsize", "4", "--kd_steps", "2"]
+    flags += ["--kr-batchsize", "4", "--iterations", "8", "--prune_it", "2", "--prune_ratio", "0.5"]
+    flags += ["--val_limit", "40", "--num-workers", "0", "--baselines", "gaussian", "--strategies", "smi", "pri"]
+    flags += ["--students", "linear", "scratch", "--scratch", "--optimizer adamw --lr 0.001"]
+    flags += ["--datapool", str(tmp_path / "pool")]
+    summary = compare_kt.main([*flags, "--output", str(tmp_path / "out")])
+    found = {(row["data"], row["finetune"], row["student_init"]) for row in summary}
+    kinds = (("linear", "pretrained"), ("full", "scratch"))
+    assert found == {(data, *kind) for data in ("gaussian", "smi", "pri") for kind in kinds}
+    assert all(row["synthesis_seconds"] > 0 for row in summary if row["data"] != "gaussian")
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written[-1]["data"] == "teacher"
+    assert all({"data", "finetune", "top1", "synthesis_seconds", "images"} <= row.keys() for row in written[:-1])
+    assert (tmp_path / "out" / "images.png").is_file()
