@@ -77,12 +77,13 @@ class SparseBlock(nn.Module):
         self.attn_norm, self.gate, self.proj = attn.norm, attn.gate, attn.proj
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
         self.tap_q, self.tap_k, self.tap_v = nn.Identity(), nn.Identity(), nn.Identity()
-        self.tap_scores = nn.Identity()
+        self.tap_scores, self.tap_probs = nn.Identity(), nn.Identity()
         self.tap_attn_sum, self.tap_mlp_sum = nn.Identity(), nn.Identity()
 
     def taps(self) -> tuple[nn.Module, ...]:
         """The taps, in the order of the forward pass."""
-        return self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_attn_sum, self.tap_mlp_sum
+        before = self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs
+        return *before, self.tap_attn_sum, self.tap_mlp_sum
 
     def forward(self, x: Tensor, queries: int | None = None, return_attended: bool = False) -> BlockOutput:
         """One block.
@@ -126,15 +127,16 @@ class SparseBlock(nn.Module):
     def _attention(self, y: Tensor, queries: int | None) -> Tensor:
         """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim)."""
         q, k, v = self._qkv(y, queries)
-        if type(self.tap_scores) is nn.Identity:
+        if type(self.tap_scores) is type(self.tap_probs) is nn.Identity:
             out = attention(q, k, v, self.scale)
         else:
-            out = self.tap_scores((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+            scores = self.tap_scores((q * self.scale) @ k.transpose(-2, -1))
+            out = self.tap_probs(scores.softmax(dim=-1)) @ v
         return out.transpose(1, 2).flatten(2)
 
     def _folds(self) -> bool:
         """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
-        between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores)
+        between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs)
         return type(self.qkv) is nn.Linear and all(type(module) is nn.Identity for module in between)
 
     def _attention_of_few(self, y: Tensor, queries: int) -> Tensor:
@@ -182,12 +184,17 @@ class SparseViT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self.patch_proj.weight.device
+        return next(self.parameters()).device
 
     @property
     def has_class_token(self) -> bool:
         """Whether there is a class token, whose attention can rank the patches."""
         return self.cls_token is not None
+
+    @property
+    def last_queries(self) -> int | None:
+        """How many tokens of the last block's output the head reads: the first so many, or all of them (None)."""
+        return self.prefix_tokens if self.head.reads_prefix_only else None
 
     def forward(
         self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False, return_attended: bool = False
@@ -201,8 +208,8 @@ class SparseViT(nn.Module):
                 a bool, or an int64 tensor () that is 0 or 1.
             return_attended: also return what the attention of every block puts out.
         """
-        x, attended = self._embed(patches, positions, mirrored), []
-        few = self.prefix_tokens if self.head.reads_prefix_only and not return_attended else None
+        x, attended = self.embed(patches, positions, mirrored), []
+        few = None if return_attended else self.last_queries
         for block in self.blocks:
             x, out = block(x, few if block is self.blocks[-1] else None, return_attended)
             if return_attended:
@@ -218,7 +225,7 @@ class SparseViT(nn.Module):
             positions: as for `forward`.
             last_only: the last block's alone.
         """
-        x, weights = self._embed(patches, positions, False), []
+        x, weights = self.embed(patches, positions), []
         for block in self.blocks:
             last = block is self.blocks[-1]
             if last or not last_only:
@@ -228,7 +235,7 @@ class SparseViT(nn.Module):
 
     def class_attention(self, patches: Tensor, positions: Tensor) -> Tensor:
         """What the class token of the last block gives each patch (B, n), mean over heads."""
-        x = self._embed(patches, positions, False)
+        x = self.embed(patches, positions)
         for block in self.blocks[:-1]:
             x = block(x).tokens
         return self.blocks[-1].attention_weights(x, queries=1)[:, 0, self.prefix_tokens :]
@@ -251,12 +258,13 @@ class SparseViT(nn.Module):
         width, tokens = self.patch_proj.out_features, patches + self.prefix_tokens
         layers, attention = 2 * (patches * self.grid.pixels * width + width * self.num_classes), 0
         for block in self.blocks:
-            few = block is self.blocks[-1] and self.head.reads_prefix_only
-            in_layers, between_tokens = block.flops(tokens, self.prefix_tokens if few else tokens)
+            few = self.last_queries if block is self.blocks[-1] else None
+            in_layers, between_tokens = block.flops(tokens, tokens if few is None else few)
             layers, attention = layers + in_layers, attention + between_tokens
         return layers, attention
 
-    def _embed(self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor) -> Tensor:
+    def embed(self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False) -> Tensor:
+        """Patches as for `forward` -> the tokens (B, T, D) that the first block is fed, prefix tokens first."""
         batch, count = positions.shape
         flat = patches.reshape(batch, count, self.grid.pixels)
         if mirrored is False:

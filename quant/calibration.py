@@ -1,29 +1,31 @@
-"""Post-training quantization: observe activations on calibration images, then fix the ranges."""
+"""Post-training quantization: observe activations on calibration images, fix the ranges, mend what was lost."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import Tensor
 
 from models import SparseImages, SparseViT
-from quant.insert import quantized_vit, quantizers
-from quant.quantizers import OBSERVERS
+from quant.config import QuantConfig
+from quant.insert import observers, places, quantized_vit, quantizers, wrapped
+from quant.observers import OBSERVERS, Observer
+from quant.reconstruction import reconstruct
+from quant.reparameterization import norm_sites, reparameterize
+from quant.stages import correct_biases
 from utils.errors import UserError
 from utils.ranks import rank, ranks
 
-BITS = (*range(2, 9), 32)
 
-
-def check_bits(w_bit: int, a_bit: int) -> None:
-    """Raise `UserError` unless both widths can be had."""
-    for flag, bits in (("--w_bit", w_bit), ("--a_bit", a_bit)):
-        if bits not in BITS:
-            raise UserError(f"{flag} {bits} is not 2 to 8, or 32 for full precision")
-
-
-@torch.no_grad()
 def calibrate(
     vit: SparseViT, images: SparseImages, w_bit: int, a_bit: int, observer: str = "minmax", batch_size: int = 32
 ) -> SparseViT:
+    """`quantize` with nothing but widths and an observer."""
+    return quantize(vit, images, QuantConfig(w_bit, a_bit, observer, batch_size=batch_size))
+
+
+def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> SparseViT:
     """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed.
 
     The weights are quantized first, so that the ranges are those of the model that will run. Several ranks divide the
@@ -32,25 +34,73 @@ def calibrate(
     Args:
         vit: the full-precision model, on its device.
         images: calibration images, normalized; moved to the model's device batch by batch.
-        w_bit: bits of the weights, 2 to 8 or 32.
-        a_bit: bits of the activations, 2 to 8 or 32.
-        observer: a key of `OBSERVERS`.
-        batch_size: images a forward pass.
+        config: widths, observer, and what is done about the error that is left.
 
     Raises:
-        UserError: widths out of range, no images, or more ranks than batches.
+        UserError: no images, more ranks than batches, `--keep` of a layer that is not there, or a model that the
+            observer is not for.
     """
-    check_bits(w_bit, a_bit)
+    reference, quantized = calibrated(vit, images, config)
+    if config.reconstruct:
+        reconstruct(reference, quantized, images, config)
+    if config.bias_correction:
+        correct_biases(reference, quantized, images, config.batch_size)
+    return quantized
+
+
+@torch.no_grad()
+def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
+    """The full-precision model, reparameterized if the observer does so and `wrapped`, and its quantized copy.
+
+    Arguments and errors are those of `quantize`.
+    """
     if not len(images):
         raise UserError("there are no calibration images")
-    quantized = quantized_vit(vit, w_bit, a_bit, OBSERVERS[observer])
-    batches = images.batches(batch_size)
-    if ranks() > len(batches):
+    if ranks() > len(images.batches(config.batch_size)):
         raise UserError(
-            f"{ranks()} ranks for {len(batches)} calibration batches; start fewer or lower --calib-batchsize"
+            f"{ranks()} ranks for {len(images.batches(config.batch_size))} calibration batches; "
+            "start fewer or lower --calib-batchsize"
         )
-    for batch in batches[rank() :: ranks()]:
-        quantized(batch.patches.to(vit.device), batch.positions.to(vit.device))
+    reference, fixed = vit, {}
+    if OBSERVERS[config.method].reparameterize:
+        reference, fixed = _reparameterized(vit, images, config)
+    quantized = quantized_vit(reference, config)
+    for name, (scale, zero_point) in fixed.items():
+        quantized.get_submodule(f"{name}.quantizer").fix(scale, zero_point)
+    _observe(quantized, observers(quantized), images, config.batch_size)
     for quantizer in quantizers(quantized).values():
-        quantizer.freeze()
-    return quantized
+        if quantizer.observer is not None:
+            quantizer.freeze()
+    return wrapped(reference), quantized
+
+
+def _reparameterized(
+    vit: SparseViT, images: SparseImages, config: QuantConfig
+) -> tuple[SparseViT, dict[str, tuple[Tensor, Tensor]]]:
+    """A copy of `vit` with the outputs of its norms on one scale, and the scale and zero point of each reader."""
+    vit, method = copy.deepcopy(vit), OBSERVERS[config.method]
+    widths = config.widths(list(places(vit, method)), len(vit.blocks))
+    sites, observing, hooks = norm_sites(vit), [], []
+    for site in sites:
+        norm = vit.get_submodule(site.norm)
+        observer = method.observer(widths[site.readers[0]][1], norm.normalized_shape[-1])
+        hooks.append(norm.register_forward_hook(lambda _, __, out, observer=observer: observer.observe(out)))
+        observing.append(observer)
+    _observe(vit, observing, images, config.batch_size)
+    for hook in hooks:
+        hook.remove()
+    fixed = {}
+    for site, observer in zip(sites, observing, strict=True):
+        scale, zero_point = reparameterize(vit, site, *observer.range(), observer.bits)
+        # A reader of another width, which --keep can ask for, is observed like any other tensor.
+        fixed |= {name: (scale, zero_point) for name in site.readers if widths[name][1] == observer.bits}
+    return vit, fixed
+
+
+def _observe(vit: SparseViT, observing: list[Observer], images: SparseImages, batch_size: int) -> None:
+    """Feed this rank's batches as often as the observers ask."""
+    for _ in range(max((observer.passes for observer in observing), default=0)):
+        for batch in images.batches(batch_size)[rank() :: ranks()]:
+            vit(batch.patches.to(vit.device), batch.positions.to(vit.device))
+        for observer in observing:
+            observer.end_pass()

@@ -3,57 +3,98 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models import SparseViT
-from quant.quantizers import ActivationQuantizer, Observer, quantized_weight
+from quant.config import QuantConfig
+from quant.observers import OBSERVERS, Method, Observer
+from quant.quantizers import (
+    ActivationQuantizer,
+    LogSqrt2Quantizer,
+    largest_value_scale,
+    least_error_scale,
+    round_weight,
+)
+
+Quantizer = ActivationQuantizer | LogSqrt2Quantizer
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer (or the patch projection) with a quantizer on its input and its weight quantized once."""
+    """A linear layer (or the patch projection) with a quantizer on its input and its weight rounded once.
 
-    def __init__(self, linear: nn.Linear, quantizer: nn.Module, w_bit: int) -> None:
+    `weight_scale` (out,) is the scale of each output channel, None where the weight is left alone.
+    """
+
+    def __init__(self, linear: nn.Linear, quantizer: nn.Module, w_bit: int, weight_scale: Tensor | None) -> None:
         super().__init__()
-        self.quantizer, self.linear = quantizer, linear
-        if w_bit < 32:
-            linear.weight = nn.Parameter(quantized_weight(linear.weight, w_bit), requires_grad=False)
+        self.quantizer, self.linear, self.w_bit = quantizer, linear, w_bit
+        self.register_buffer("weight_scale", weight_scale)
+        if weight_scale is not None:
+            linear.weight = nn.Parameter(round_weight(linear.weight, weight_scale, w_bit), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.quantizer(x))
 
+    def integers(self) -> Tensor:
+        """The weight in units of its scale, int8 (out, in)."""
+        return (self.linear.weight / self.weight_scale[:, None]).round().to(torch.int8)
 
-def quantized_vit(vit: SparseViT, w_bit: int, a_bit: int, observer: Callable[[], Observer]) -> SparseViT:
-    """A copy of `vit` with quantized weights and observing activation quantizers.
 
-    Quantizers sit on the input of every linear layer and of the patch projection, on q, k, v, on the attention scores
-    before the softmax, on both residual sums of every block and on the embeddings.
+def places(vit: SparseViT, method: Method) -> dict[str, nn.Module]:
+    """What `method` quantizes, by name: every linear layer with the patch projection, and taps."""
+    found = {}
+    for name, module in vit.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) or (leaf.startswith("tap_") and leaf[len("tap_") :] in method.taps):
+            found[name] = module
+    return found
 
-    Args:
-        vit: the full-precision model.
-        w_bit: bits of the weights, 2 to 8; 32 leaves them alone.
-        a_bit: bits of the activations, 2 to 8; 32 leaves them alone.
-        observer: makes the observer of each activation quantizer.
+
+def quantized_vit(vit: SparseViT, config: QuantConfig) -> SparseViT:
+    """A copy of `vit` with rounded weights and observing activation quantizers.
+
+    Raises `UserError` where `config.keep` names nothing.
     """
     vit = copy.deepcopy(vit).requires_grad_(False)
-    if w_bit == a_bit == 32:
+    if config.w_bit == config.a_bit == 32:
         return vit
-    for module in list(vit.modules()):
-        if isinstance(module, QuantizedLinear):
-            continue
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, QuantizedLinear(child, _quantizer(a_bit, observer), w_bit))
-            elif name.startswith("tap_"):
-                setattr(module, name, _quantizer(a_bit, observer))
+    method = OBSERVERS[config.method]
+    found = places(vit, method)
+    for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
+        quantizer: nn.Module = nn.Identity()
+        if a_bit < 32:
+            kind = LogSqrt2Quantizer if method.log_probs and name.endswith("tap_probs") else ActivationQuantizer
+            quantizer = kind(a_bit, method.observer(a_bit))
+        layer = found[name]
+        if isinstance(layer, nn.Linear):
+            scale_of = least_error_scale if method.least_error_weights else largest_value_scale
+            scale = scale_of(layer.weight, w_bit) if w_bit < 32 else None
+            quantizer = QuantizedLinear(layer, quantizer, w_bit, scale)
+        vit.set_submodule(name, quantizer)
     return vit
 
 
-def quantizers(vit: nn.Module) -> dict[str, ActivationQuantizer]:
+def wrapped(vit: SparseViT) -> SparseViT:
+    """A copy of `vit` that computes in full precision, its layers under the names that they have when quantized."""
+    vit = copy.deepcopy(vit).requires_grad_(False)
+    for name, layer in list(vit.named_modules()):
+        if isinstance(layer, nn.Linear):
+            vit.set_submodule(name, QuantizedLinear(layer, nn.Identity(), 32, None))
+    return vit
+
+
+def quantizers(vit: nn.Module) -> dict[str, Quantizer]:
     """The activation quantizers of a model, by name."""
-    return {name: module for name, module in vit.named_modules() if isinstance(module, ActivationQuantizer)}
+    return {name: module for name, module in vit.named_modules() if isinstance(module, Quantizer)}
 
 
-def _quantizer(bits: int, observer: Callable[[], Observer]) -> nn.Module:
-    return ActivationQuantizer(bits, observer()) if bits < 32 else nn.Identity()
+def quantized_layers(vit: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a model, by name."""
+    return {name: module for name, module in vit.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def observers(vit: nn.Module) -> list[Observer]:
+    """The observers that have not given their range yet."""
+    return [quantizer.observer for quantizer in quantizers(vit).values() if quantizer.observer is not None]

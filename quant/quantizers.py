@@ -1,42 +1,11 @@
-"""Uniform quantization by torch's own fake-quantize operators, so that a quantized model can be exported."""
+"""Quantizers: uniform ones by torch's own fake-quantize operators, and one in powers of the square root of two."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from utils.ranks import highest, lowest
-
-EPS = torch.finfo(torch.float32).eps
-
-
-class Observer(Protocol):
-    """Sees the tensors that pass a place in the model, and says which range to quantize them in."""
-
-    def observe(self, x: Tensor) -> None:
-        """Take a tensor of any shape into account."""
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value to represent, scalars; what every rank observed counts."""
-
-
-class MinMaxObserver:
-    """The lowest and the highest value seen. Starts at an empty range, so that a tensor of zeros counts as seen."""
-
-    def __init__(self) -> None:
-        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-
-    def observe(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x.detach().float())
-        self.low, self.high = torch.minimum(self.low.to(low), low), torch.maximum(self.high.to(high), high)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        return lowest(self.low), highest(self.high)
-
-
-OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMaxObserver}
+from quant.observers import EPS, Observer
 
 
 class ActivationQuantizer(nn.Module):
@@ -45,10 +14,10 @@ class ActivationQuantizer(nn.Module):
     Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`.
     """
 
-    def __init__(self, bits: int, observer: Observer) -> None:
+    def __init__(self, bits: int, observer: Observer | None) -> None:
         super().__init__()
-        self.high = 2**bits - 1
-        self.observer: Observer | None = observer
+        self.bits, self.high = bits, 2**bits - 1
+        self.observer = observer
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
@@ -58,9 +27,12 @@ class ActivationQuantizer(nn.Module):
         if not low <= high:
             raise RuntimeError("this quantizer saw no tensor during calibration")
         low, high = low.clamp(max=0), high.clamp(min=0)
-        self.scale = ((high - low) / self.high).clamp(min=EPS)
-        self.zero_point = (-low / self.scale).round().clamp(0, self.high).int()
-        self.observer = None
+        scale = ((high - low) / self.high).clamp(min=EPS)
+        self.fix(scale, (-low / scale).round().clamp(0, self.high).int())
+
+    def fix(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Quantize from now on, with this scale () and zero point (), int32."""
+        self.scale, self.zero_point, self.observer = scale, zero_point, None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -69,9 +41,65 @@ class ActivationQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.high)
 
 
-def quantized_weight(weight: Tensor, bits: int) -> Tensor:
-    """A weight (out, in) rounded to `bits` bits, symmetric, with one scale per output channel."""
+class LogSqrt2Quantizer(nn.Module):
+    """For softmax outputs: powers of the square root of two below `scale` (RepQ-ViT, ICCV 2023, eq. 16 to 18).
+
+    q = round(-2 log2(x / scale)); what lies past 2^bits - 1 is zero. The value 2^(-q/2) is taken in base 2, as
+    2^-ceil(q/2) times the square root of two where q is odd, so that an integer kernel only shifts.
+    """
+
+    def __init__(self, bits: int, observer: Observer | None) -> None:
+        super().__init__()
+        self.bits, self.high = bits, 2**bits - 1
+        self.observer = observer
+        self.register_buffer("scale", torch.ones(()))
+
+    def freeze(self) -> None:
+        """Fix `scale`, the largest value. Raises `RuntimeError` if nothing was observed."""
+        _, high = self.observer.range()
+        if not high > -torch.inf:
+            raise RuntimeError("this quantizer saw no tensor during calibration")
+        self.scale = high.clamp(min=EPS)
+        self.observer = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x)
+            return x
+        return log_sqrt2(x, self.scale, self.high)
+
+
+def log_sqrt2(x: Tensor, scale: Tensor, high: int) -> Tensor:
+    """`x` (any shape, 0 or more) at the nearest power of the square root of two: see `LogSqrt2Quantizer`."""
+    q = (-2 * (x / scale).clamp(min=EPS**2).log2()).round().clamp(min=0)
+    half = (q / 2).ceil()
+    odd = 2 * half - q
+    return torch.where(q > high, 0.0, torch.exp2(-half) * (1 + odd * (2**0.5 - 1)) * scale)
+
+
+def round_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """A weight (out, in) rounded to `bits` bits, symmetric, with `scale` (out,) for each output channel."""
     high = 2 ** (bits - 1) - 1
-    scale = (weight.detach().abs().amax(dim=1) / high).clamp(min=EPS)
     zero_point = torch.zeros(len(scale), dtype=torch.int32, device=weight.device)
     return torch.fake_quantize_per_channel_affine(weight.detach(), scale, zero_point, 0, -high - 1, high)
+
+
+def quantized_weight(weight: Tensor, bits: int) -> Tensor:
+    """A weight (out, in) rounded to `bits` bits, its largest value at the end of each output channel's range."""
+    return round_weight(weight, largest_value_scale(weight, bits), bits)
+
+
+def largest_value_scale(weight: Tensor, bits: int) -> Tensor:
+    """The scale (out,) at which the largest magnitude of each output channel of a weight (out, in) is not clipped."""
+    return (weight.detach().abs().amax(dim=1) / (2 ** (bits - 1) - 1)).clamp(min=EPS)
+
+
+def least_error_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
+    """The scale (out,) of each output channel of a weight (out, in) with the least squared rounding error."""
+    largest = largest_value_scale(weight, bits)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for share in torch.linspace(1, 0.2, candidates).tolist():
+        scale = (largest * share).clamp(min=EPS)
+        error = (round_weight(weight, scale, bits) - weight).square().sum(dim=1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best

@@ -6,7 +6,8 @@ import torch
 from models import SparseImages, SparseViT
 from quant import calibrate, evaluate
 from quant.insert import QuantizedLinear, quantizers
-from quant.quantizers import ActivationQuantizer, MinMaxObserver, quantized_weight
+from quant.observers import MinMaxObserver
+from quant.quantizers import ActivationQuantizer, quantized_weight
 from tests.conftest import tiny_vit
 from utils.errors import UserError
 

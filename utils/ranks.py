@@ -77,6 +77,11 @@ def summed(values: list[float], device: torch.device) -> list[float]:
     return _reduced(torch.tensor(values, dtype=torch.float64, device=device), dist.ReduceOp.SUM).tolist()
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor, element by element, over the ranks."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
 def lowest(values: Tensor) -> Tensor:
     """The lowest of a tensor, element by element, over the ranks."""
     return _reduced(values, dist.ReduceOp.MIN)

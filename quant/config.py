@@ -1,0 +1,95 @@
+"""What is quantized how: one frozen object, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quant.observers import OBSERVERS
+from utils.errors import UserError
+
+BITS = (*range(2, 9), 32)
+KEPT_BITS = 8
+# What --keep calls parts of the model, and how its layers' names begin.
+PARTS = {"first": "patch_proj", "head": "head."}
+
+
+def check_bits(w_bit: int, a_bit: int) -> None:
+    """Raise `UserError` unless both widths can be had."""
+    for flag, bits in (("--w_bit", w_bit), ("--a_bit", a_bit)):
+        if bits not in BITS:
+            raise UserError(f"{flag} {bits} is not 2 to 8, or 32 for full precision")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that a quantized model depends on besides the model and the images.
+
+    `w_bit`, `a_bit`: bits of weights and activations, 2 to 8, or 32 to leave them alone. `observer`: a key of
+    `OBSERVERS`, or `auto`. `keep`: layers that get at least 8 bits, see `kept`. `batch_size`: images a forward pass.
+    `reconstruct_seconds`: time limit of the reconstruction, None for none.
+
+    Raises `UserError` for values that cannot be, or not together.
+    """
+
+    w_bit: int = 8
+    a_bit: int = 8
+    observer: str = "minmax"
+    keep: tuple[str, ...] = ()
+    bias_correction: bool = False
+    reconstruct: bool = False
+    reconstruct_steps: int = 300
+    reconstruct_seconds: float | None = None
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.w_bit, self.a_bit)
+        if self.observer not in (*OBSERVERS, "auto"):
+            raise UserError(f"--observer {self.observer} is not one of {', '.join((*OBSERVERS, 'auto'))}")
+        if self.a_bit == 32 and self.observer in ("percentile", "repq"):
+            raise UserError(f"--observer {self.observer} is about activations, which --a_bit 32 leaves alone; take mse")
+        if self.w_bit == 32 and self.reconstruct:
+            raise UserError("--reconstruct learns how weights are rounded, and --w_bit 32 leaves them alone")
+        if self.w_bit == self.a_bit == 32:
+            for flag, given in (("--keep", self.keep), ("--bias_correction", self.bias_correction)):
+                if given:
+                    raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
+        if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
+            raise UserError(f"--keep is for layers that shall have {KEPT_BITS} bits where the others have fewer")
+
+    @property
+    def method(self) -> str:
+        """The observer that is used: what `auto` stands for at these widths."""
+        if self.observer != "auto":
+            return self.observer
+        if self.a_bit == 32:
+            return "mse"
+        return "repq" if self.a_bit < 8 else "mse"
+
+    def widths(self, names: list[str], blocks: int) -> dict[str, tuple[int, int]]:
+        """Bits of the weight and of the input, by name of the layer or tap. Raises `UserError` as `kept` does."""
+        narrow, wide = (self.w_bit, self.a_bit), (max(self.w_bit, KEPT_BITS), max(self.a_bit, KEPT_BITS))
+        wide_names = kept(self.keep, names, blocks)
+        return {name: wide if name in wide_names else narrow for name in names}
+
+
+def kept(keep: tuple[str, ...], names: list[str], blocks: int) -> set[str]:
+    """The names that `--keep` means.
+
+    Args:
+        keep: `first` (the patch projection), `last` (the last block), `head` (the classifier), or any part of a name,
+            such as `blocks.0.` or `fc2`.
+        names: of everything that is quantized.
+        blocks: how many blocks the model has.
+
+    Raises:
+        UserError: a part that is in no name.
+    """
+    found = set()
+    for part in keep:
+        text = {**PARTS, "last": f"blocks.{blocks - 1}."}.get(part, part)
+        matching = {name for name in names if text in name}
+        if not text or not matching:
+            raise UserError(f"--keep {part}: no layer is called so; layers are {names[0]}, {names[1]}, .., {names[-1]}")
+        found |= matching
+    return found

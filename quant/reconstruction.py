@@ -1,0 +1,177 @@
+"""Reconstruction of one stage after another: rounding and ranges are learned to give the full-precision output.
+
+What is learned is, of every weight, whether it is rounded up or down (AdaRound, Nagel et al., ICML 2020) and, of every
+activation quantizer, its scale (LSQ, Esser et al., ICLR 2020); the unit is a block with its output as the target
+(BRECQ, Li et al., ICLR 2021); half of the activations, drawn anew every step, are left in full precision (QDrop, Wei et
+al., ICLR 2022). Only kept patches are fed.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models import SparseImages, SparseViT
+from quant.config import QuantConfig
+from quant.insert import QuantizedLinear, quantized_layers, quantizers
+from quant.quantizers import ActivationQuantizer
+from quant.stages import Stage, walk
+from utils.errors import UserError
+from utils.ranks import ranks
+
+DROP = 0.5
+"""Share of activations in full precision."""
+ROUNDING_LR, SCALE_LR = 2e-2, 2e-3
+ROUNDING_WEIGHT = 0.01
+"""What an undecided weight costs, against the squared error of a token."""
+WARM_UP = 0.2
+"""Share of the steps before rounding is decided."""
+
+
+class AdaptiveRounding(nn.Module):
+    """A linear layer whose weights are floor(weight / scale) + h, h in [0, 1] learned (AdaRound, eq. 20 to 24)."""
+
+    def __init__(self, layer: QuantizedLinear, weight: Tensor) -> None:
+        super().__init__()
+        self.scale, self.bias = layer.weight_scale[:, None], layer.linear.bias
+        self.low, self.high = -(2 ** (layer.w_bit - 1)), 2 ** (layer.w_bit - 1) - 1
+        self.floor = (weight / self.scale).floor()
+        rest = (weight / self.scale - self.floor).clamp(0.01, 0.99)
+        self.raised = nn.Parameter(torch.logit((rest + 0.1) / 1.2))
+
+    def share(self) -> Tensor:
+        """h: how far each weight is rounded up, 0 to 1."""
+        return (self.raised.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+
+    def weight(self, share: Tensor) -> Tensor:
+        """The weight (out, in) that is rounded up by `share`."""
+        return (self.floor + share).clamp(self.low, self.high) * self.scale
+
+    def undecided(self, power: float) -> Tensor:
+        """The sum of 1 - |2h - 1|^power: zero once every weight is rounded one way."""
+        return (1 - (2 * self.share() - 1).abs().pow(power)).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(self.share()), self.bias)
+
+
+class LearnedQuantizer(nn.Module):
+    """A quantizer that lets some activations through and whose scale, of a uniform one, is learned."""
+
+    def __init__(self, quantizer: nn.Module, generator: torch.Generator) -> None:
+        super().__init__()
+        self.quantizer, self.generator = quantizer, generator
+        self.log_scale = nn.Parameter(quantizer.scale.log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.quantizer, ActivationQuantizer):
+            scale, zero_point = self.log_scale.exp(), self.quantizer.zero_point
+            level = (x / scale + zero_point).clamp(0, self.quantizer.high)
+            out = (level + (level.round() - level).detach() - zero_point) * scale
+        else:
+            out = x + (self.quantizer(x) - x).detach()
+        dropped = torch.rand(x.shape, generator=self.generator, device=x.device) < DROP
+        return torch.where(dropped, x, out)
+
+    def learned(self) -> nn.Module:
+        """The quantizer with the scale that was learned."""
+        if isinstance(self.quantizer, ActivationQuantizer):
+            self.quantizer.scale = self.log_scale.detach().exp()
+        return self.quantizer
+
+
+def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages, config: QuantConfig) -> None:
+    """Learn the rounding and the ranges of `quantized`, in place, stage by stage.
+
+    Args:
+        reference: the full-precision model, `wrapped`.
+        quantized: its calibrated copy.
+        images: calibration images, any number; `config.batch_size` of them a step.
+        config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
+            left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
+
+    Raises:
+        UserError: started on several ranks.
+    """
+    if ranks() > 1:
+        raise UserError("--reconstruct runs in one process; start it without torchrun")
+    generator = torch.Generator(quantized.device).manual_seed(config.seed)
+    end = None if config.reconstruct_seconds is None else time.monotonic() + config.reconstruct_seconds
+    count = len(quantized.blocks) + 2
+    with tqdm(total=count * config.reconstruct_steps, desc="reconstruction", unit="step") as bar:
+        for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
+            now = time.monotonic()
+            seconds = None if end is None else (end - now) / (count - number)
+            _reconstruct_stage(stage, reference, quantized, config, seconds, generator, bar)
+            bar.update((number + 1) * config.reconstruct_steps - bar.n)
+
+
+def _reconstruct_stage(
+    stage: Stage,
+    reference: SparseViT,
+    quantized: SparseViT,
+    config: QuantConfig,
+    seconds: float | None,
+    generator: torch.Generator,
+    bar: tqdm,
+) -> None:
+    inputs, quantized_inputs = _joined(stage.inputs), _joined(stage.quantized_inputs)
+    with torch.no_grad():
+        target = torch.cat([stage.run(reference, *batch) for batch in stage.inputs])
+    originals, layers, learned = quantized_layers(reference), [], []
+    for name, layer in quantized_layers(quantized).items():
+        if stage.owns(name) and layer.weight_scale is not None:
+            linear, layer.linear = layer.linear, AdaptiveRounding(layer, originals[name].linear.weight)
+            layers.append((layer, linear))
+    for name, quantizer in quantizers(quantized).items():
+        if stage.owns(name):
+            learned.append((name, LearnedQuantizer(quantizer, generator)))
+            quantized.set_submodule(name, learned[-1][1])
+    roundings = [layer.linear for layer, _ in layers]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [rounding.raised for rounding in roundings], "lr": ROUNDING_LR},
+            {"params": [quantizer.log_scale for _, quantizer in learned], "lr": SCALE_LR},
+        ]
+    )
+    start, count = time.monotonic(), len(target)
+    for step in range(config.reconstruct_steps):
+        progress = step / config.reconstruct_steps
+        if seconds is not None:
+            progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
+        if progress >= 1:
+            break
+        chosen = torch.randperm(count, generator=generator, device=target.device)[: config.batch_size]
+        mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
+        error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
+        loss = error
+        if progress > WARM_UP:
+            power = 2 + 18 * (1 - (progress - WARM_UP) / (1 - WARM_UP))
+            loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        bar.update()
+        bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
+    with torch.no_grad():
+        for layer, linear in layers:
+            rounding = layer.linear
+            linear.weight.copy_(rounding.weight((rounding.raised >= 0).float()))
+            layer.linear = linear
+        for name, quantizer in learned:
+            quantized.set_submodule(name, quantizer.learned())
+
+
+def _joined(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Batches of tuples -> each of the tuple's tensors over all images."""
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def _mixed(full: Tensor, quantized: Tensor, generator: torch.Generator) -> Tensor:
+    """What the full-precision model gives, at a random half of the places, what the quantized one gives elsewhere."""
+    dropped = torch.rand(full.shape, generator=generator, device=full.device) < DROP
+    return torch.where(dropped, full, quantized)

@@ -1,0 +1,98 @@
+"""Walking the full-precision and the quantized model side by side, stage by stage: embedding, blocks, classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import SparseImages, SparseViT
+from quant.insert import QuantizedLinear, quantized_layers
+
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model, and what both models feed it: a tuple of tensors for each batch of calibration images.
+
+    `run(vit, *batch)` is its output of either model; `prefixes` is how the names of what it holds begin.
+    """
+
+    prefixes: tuple[str, ...]
+    run: Run
+    inputs: list[tuple[Tensor, ...]]
+    quantized_inputs: list[tuple[Tensor, ...]]
+
+    def owns(self, name: str) -> bool:
+        """Whether the stage holds the module of this name."""
+        return name.startswith(self.prefixes)
+
+
+def stages(vit: SparseViT) -> list[tuple[tuple[str, ...], Run]]:
+    """Prefixes and `run` of every stage: patches and positions -> tokens, tokens -> tokens, tokens -> logits."""
+    last = len(vit.blocks) - 1
+
+    def block(index: int) -> Run:
+        queries = vit.last_queries if index == last else None
+        return lambda model, tokens: model.blocks[index](tokens, queries).tokens
+
+    return [
+        (("patch_proj", "tap_embed"), lambda model, patches, positions: model.embed(patches, positions)),
+        *(((f"blocks.{index}.",), block(index)) for index in range(last + 1)),
+        (("head.",), lambda model, tokens: model.head.classify(model.head.features(model.norm(tokens)))),
+    ]
+
+
+def walk(reference: SparseViT, quantized: SparseViT, images: SparseImages, batch_size: int) -> Iterator[Stage]:
+    """Every stage in turn; the next one gets what the quantized model gives after the caller has changed it."""
+    device = quantized.device
+    inputs = [(b.patches.to(device), b.positions.to(device)) for b in images.batches(batch_size)]
+    quantized_inputs = inputs
+    for prefixes, run in stages(quantized):
+        yield Stage(prefixes, run, inputs, quantized_inputs)
+        with torch.no_grad():
+            inputs = [(run(reference, *batch),) for batch in inputs]
+            quantized_inputs = [(run(quantized, *batch),) for batch in quantized_inputs]
+
+
+@torch.no_grad()
+def correct_biases(reference: SparseViT, quantized: SparseViT, images: SparseImages, batch_size: int) -> None:
+    """Shift the bias of every quantized layer, in place, until its mean output is the full-precision one.
+
+    Empirical bias correction (Nagel et al., Data-Free Quantization, ICCV 2019, section 4.2), in the order of the
+    forward pass, so that each layer is corrected behind layers that are. `reference` is a `wrapped` model.
+    """
+    for stage in walk(reference, quantized, images, batch_size):
+        originals = quantized_layers(reference)
+        layers = {name: layer for name, layer in quantized_layers(quantized).items() if stage.owns(name)}
+        wanted = _mean_outputs(
+            {name: originals[name] for name in layers}, lambda batch: stage.run(reference, *batch), stage.inputs
+        )
+        for name, layer in layers.items():
+            seen = _mean_outputs({name: layer}, lambda batch: stage.run(quantized, *batch), stage.quantized_inputs)
+            change = wanted[name] - seen[name]
+            bias = change if layer.linear.bias is None else layer.linear.bias + change
+            layer.linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+
+def _mean_outputs(
+    layers: dict[str, QuantizedLinear], run: Callable[[tuple[Tensor, ...]], Tensor], batches: list[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """Mean of each layer's output (out,) over all tokens of all batches."""
+    sums, counts = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+
+    def add(name: str, out: Tensor) -> None:
+        rows = out.flatten(0, -2)
+        sums[name], counts[name] = sums[name] + rows.sum(dim=0), counts[name] + len(rows)
+
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: add(name, out)) for name, layer in layers.items()
+    ]
+    for batch in batches:
+        run(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: sums[name] / counts[name] for name in layers}
