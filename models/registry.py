@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.sparse_vit import require_supported
 from utils.errors import UserError
+from utils.files import read_json
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
 
@@ -103,6 +104,8 @@ class LoadedModel:
     preprocessing: Preprocessing
     dataset: str | None
     """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
+    architecture: tuple[str, dict] | None = None
+    """timm's name of the architecture, and the arguments that make it without weights."""
 
     @property
     def classes(self) -> int:
@@ -157,7 +160,22 @@ def load_model(
     preprocessing = Preprocessing(**{key: config[key] for key in Preprocessing.__dataclass_fields__})
     if vit.patch_embed.proj.in_channels != 3:
         raise UserError(f"{name} takes {vit.patch_embed.proj.in_channels} channels; only RGB models are supported")
-    return LoadedModel(name, vit, preprocessing, named.dataset if named else None)
+    architecture = _architecture(name, named, vit)
+    return LoadedModel(name, vit, preprocessing, named.dataset if named else None, architecture)
+
+
+def _architecture(name: str, named: NamedModel | None, vit: VisionTransformer) -> tuple[str, dict]:
+    """What `timm.create_model` takes for a model like `vit`."""
+    timm_name, args = name.split(".")[0], {}
+    if named is not None:
+        timm_name, args = named.timm_name, named.model_args or {}
+    elif name.startswith("local-dir:"):
+        config = read_json(Path(name.removeprefix("local-dir:")) / "config.json")
+        timm_name, args = config["architecture"], config.get("model_args", {})
+    elif name.startswith("hf-hub:"):
+        _, timm_name, args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+    size = {"img_size": list(vit.patch_embed.img_size), "global_pool": vit.global_pool}
+    return timm_name, {**(args or {}), **size, "num_classes": vit.num_classes}
 
 
 def _require_timm_name(name: str) -> None:

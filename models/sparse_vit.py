@@ -276,14 +276,14 @@ class SparseViT(nn.Module):
                 either = torch.stack([self.patch_proj.weight, weight])
                 weight = either.index_select(0, mirrored.view(1)).squeeze(0)
             x = F.linear(flat, weight, self.patch_proj.bias)
-        prefix, pos_embed = self._prefix_and_positions()
+        prefix, pos_embed = self.prefix_and_positions()
         x = self.patch_norm(x)
         x = x if pos_embed is None else x + pos_embed[positions]
         if prefix is not None:
             x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
         return self.norm_pre(self.tap_embed(x))
 
-    def _prefix_and_positions(self) -> tuple[Tensor | None, Tensor | None]:
+    def prefix_and_positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
         tokens = [token for token in (self.cls_token, self.other_tokens) if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from models import SparseViT
@@ -52,15 +52,18 @@ def places(vit: SparseViT, method: Method) -> dict[str, nn.Module]:
     return found
 
 
-def quantized_vit(vit: SparseViT, config: QuantConfig) -> SparseViT:
+def quantized_vit(
+    vit: SparseViT, config: QuantConfig, scale_of: Callable[[Tensor, int], Tensor] | None = None
+) -> SparseViT:
     """A copy of `vit` with rounded weights and observing activation quantizers.
 
-    Raises `UserError` where `config.keep` names nothing.
+    `scale_of` gives a weight's scales for a width in bits; by default it is the observer's. Raises `UserError` where `config.keep` names nothing.
     """
     vit = copy.deepcopy(vit).requires_grad_(False)
     if config.w_bit == config.a_bit == 32:
         return vit
     method = OBSERVERS[config.method]
+    scale_of = scale_of or (least_error_scale if method.least_error_weights else largest_value_scale)
     found = places(vit, method)
     for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
         quantizer: nn.Module = nn.Identity()
@@ -69,7 +72,6 @@ def quantized_vit(vit: SparseViT, config: QuantConfig) -> SparseViT:
             quantizer = kind(a_bit, method.observer(a_bit))
         layer = found[name]
         if isinstance(layer, nn.Linear):
-            scale_of = least_error_scale if method.least_error_weights else largest_value_scale
             scale = scale_of(layer.weight, w_bit) if w_bit < 32 else None
             quantizer = QuantizedLinear(layer, quantizer, w_bit, scale)
         vit.set_submodule(name, quantizer)

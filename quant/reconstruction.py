@@ -23,6 +23,8 @@ from quant.stages import Stage, walk
 from utils.errors import UserError
 from utils.ranks import ranks
 
+STEP_IMAGES = 8
+"""Images a step."""
 DROP = 0.5
 """Share of activations in full precision."""
 ROUNDING_LR, SCALE_LR = 2e-2, 2e-3
@@ -90,7 +92,7 @@ def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages
     Args:
         reference: the full-precision model, `wrapped`.
         quantized: its calibrated copy.
-        images: calibration images, any number; `config.batch_size` of them a step.
+        images: calibration images, any number; `STEP_IMAGES` of them a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
 
@@ -145,7 +147,7 @@ def _reconstruct_stage(
             progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
         if progress >= 1:
             break
-        chosen = torch.randperm(count, generator=generator, device=target.device)[: config.batch_size]
+        chosen = torch.randperm(count, generator=generator, device=target.device)[:STEP_IMAGES]
         mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
         error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
         loss = error

@@ -1,0 +1,261 @@
+"""A Vision Transformer, quantized or not, as an ONNX graph that ONNX Runtime can run on integers.
+
+Every quantizer becomes QuantizeLinear and DequantizeLinear around the product that reads it; weights are stored as
+integers with a scale per output channel. Layers are written as Gemm on rows of tokens, which is what ONNX Runtime
+turns into an integer product with a floating-point result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from timm.layers import LayerScale, Mlp
+from torch import Tensor, nn
+
+from models import SparseViT
+from models.sparse_vit import SparseBlock
+from quant.insert import QuantizedLinear
+from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
+from utils.errors import UserError
+
+# 20 has Gelu, 21 has int4.
+OPSET, IR_VERSION = 21, 10
+INPUT, OUTPUT = "images", "logits"
+
+
+def require_exportable(vit: SparseViT) -> None:
+    """Raise `UserError` for a model with a part that is not written out here."""
+
+    def refuse(what: str) -> None:
+        raise UserError(f"--export: {what} cannot be exported")
+
+    for block in vit.blocks:
+        if block.gate is not None:
+            refuse("a gated attention")
+        if type(block.mlp) is not Mlp:
+            refuse(f"an MLP of the kind {type(block.mlp).__name__}")
+        if not isinstance(block.mlp.act, nn.GELU):
+            refuse(f"the activation {type(block.mlp.act).__name__}")
+        norms = (block.norm1, block.norm2, block.q_norm, block.k_norm, block.attn_norm, block.mlp.norm)
+        for norm in (*norms, vit.patch_norm, vit.norm_pre, vit.norm, vit.head.fc_norm):
+            if not isinstance(norm, nn.LayerNorm | nn.Identity):
+                refuse(f"the norm {type(norm).__name__}")
+        for scale in (block.ls1, block.ls2):
+            if not isinstance(scale, LayerScale | nn.Identity):
+                refuse(f"the scale {type(scale).__name__}")
+    if vit.head.attn_pool is not None or vit.head.pool_type not in ("token", "avg"):
+        refuse("a pooling other than the class token's and the mean")
+
+
+def onnx_model(vit: SparseViT, metadata: dict[str, str], int4: bool = True) -> onnx.ModelProto:
+    """`images` (batch, C, H, W), normalized -> `logits` (batch, classes), the batch of any size.
+
+    Args:
+        vit: a full-precision or quantized model that `require_exportable` lets through.
+        metadata: what else the file says about itself.
+        int4: store weights of 4 bits and less as int4, two in a byte.
+    """
+    vit = vit.cpu()
+    graph = Graph(int4)
+    _write(graph, vit)
+    size = ["batch", vit.grid.channels, *vit.grid.image_size]
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "vit",
+            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, size)],
+            [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", vit.num_classes])],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="sparse-model-inversion",
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class Graph:
+    """Nodes and constants as they are written; every method returns the name of its result."""
+
+    def __init__(self, int4: bool) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.int4 = int4
+
+    def constant(self, value: Tensor | np.ndarray | list, dtype: type = np.float32) -> str:
+        """A constant of any shape."""
+        array = np.asarray(value.detach().numpy() if isinstance(value, Tensor) else value).astype(dtype)
+        name = f"c{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.array(array, order="C"), name))
+        return name
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, result: str | None = None, **attributes: object):
+        """An operator's result; a list where it has several."""
+        names = [result] if result else [f"{kind}{len(self.nodes)}_{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
+        return names if outputs > 1 else names[0]
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """`x` with another shape; -1 for what follows from the rest."""
+        return self.op("Reshape", x, self.constant(list(shape), np.int64))
+
+    def norm(self, x: str, norm: nn.Module) -> str:
+        """A layer norm over the last axis, or nothing."""
+        if isinstance(norm, nn.Identity):
+            return x
+        ones = torch.ones(norm.normalized_shape)
+        scale = self.constant(ones if norm.weight is None else norm.weight)
+        offset = self.constant(ones * 0 if norm.bias is None else norm.bias)
+        return self.op("LayerNormalization", x, scale, offset, axis=-1, epsilon=norm.eps)
+
+    def scaled(self, x: str, scale: nn.Module) -> str:
+        """A LayerScale, or nothing."""
+        return x if isinstance(scale, nn.Identity) else self.op("Mul", x, self.constant(scale.gamma))
+
+    def quantized(
+        self, x: str, quantizer: nn.Module, transposed: tuple[int, ...] | None = None, factor: float = 1.0
+    ) -> str:
+        """What a tap lets through, its axes transposed, times `factor`."""
+        if isinstance(quantizer, ActivationQuantizer):
+            scale, zero_point = quantizer.scale, self.constant(quantizer.zero_point, np.uint8)
+            if quantizer.bits < 8:  # eight bits are stored, the range of fewer is used
+                ends = (torch.tensor([0, quantizer.high]) - quantizer.zero_point) * scale
+                x = self.op("Clip", x, self.constant(ends[0]), self.constant(ends[1]))
+            x = self.op("QuantizeLinear", x, self.constant(scale), zero_point)
+            if transposed is not None:
+                x = self.op("Transpose", x, perm=transposed)
+            return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point)
+        if isinstance(quantizer, LogSqrt2Quantizer):
+            x = self.log_sqrt2(x, quantizer)
+        if transposed is not None:
+            x = self.op("Transpose", x, perm=transposed)
+        return x if factor == 1.0 else self.op("Mul", x, self.constant(factor))
+
+    def log_sqrt2(self, x: str, quantizer: LogSqrt2Quantizer) -> str:
+        """`quant.quantizers.log_sqrt2`."""
+        scale = quantizer.scale.item()
+        # Anything that is rounded to more than `high` is zero; the smallest float in its place keeps the logarithm.
+        x = self.op("Max", self.op("Mul", x, self.constant(1 / scale)), self.constant(2.0**-60))
+        q = self.op("Mul", self.op("Log", x), self.constant(-2 / np.log(2)))
+        q = self.op("Max", self.op("Round", q), self.constant(0.0))
+        value = self.op("Mul", self.op("Exp", self.op("Mul", q, self.constant(-np.log(2) / 2))), self.constant(scale))
+        inside = self.op("LessOrEqual", q, self.constant(float(quantizer.high)))
+        return self.op("Where", inside, value, self.constant(0.0))
+
+    def linear(self, x: str, layer: nn.Module, result: str | None = None) -> str:
+        """Rows (n, in) -> rows (n, out)."""
+        if isinstance(layer, nn.Linear):
+            bias = [] if layer.bias is None else [self.constant(layer.bias)]
+            return self.op("Gemm", x, self.constant(layer.weight.t()), *bias, result=result)
+        x, bias = self.quantized(x, layer.quantizer), layer.linear.bias
+        if layer.weight_scale is None:
+            return self.linear(x, layer.linear, result)
+        integers = layer.integers()
+        # A row of zeros may have any scale; one keeps its bias within 32 bits.
+        scale = torch.where(integers.any(dim=1), layer.weight_scale, 1.0)
+        weight = self.weight(integers.t().contiguous().numpy(), layer.w_bit)
+        zero = self.constant(torch.zeros(len(scale)), np.int8)
+        weight = self.op("DequantizeLinear", weight, self.constant(scale), zero, axis=1)
+        biases = [] if bias is None else [self.bias(bias, scale, layer.quantizer)]
+        return self.op("Gemm", x, weight, *biases, result=result)
+
+    def weight(self, integers: np.ndarray, bits: int) -> str:
+        """Integers (in, out) as int8; as int4 in the file where they fit, which the runtime unpacks when it loads."""
+        if bits > 4 or not self.int4:
+            return self.constant(integers, np.int8)
+        name = f"c{len(self.initializers)}"
+        flat = integers.astype(np.int8).ravel()
+        flat = np.append(flat, np.zeros(flat.size % 2, np.int8)).astype(np.uint8) & 0xF
+        packed = (flat[0::2] | (flat[1::2] << 4)).tobytes()
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, integers.shape, packed, raw=True))
+        return self.op("Cast", name, to=TensorProto.INT8)
+
+    def bias(self, bias: Tensor, weight_scale: Tensor, quantizer: nn.Module) -> str:
+        """A bias (out,) in 32-bit units of the product, as an integer Gemm wants it; as it is behind float inputs."""
+        if not isinstance(quantizer, ActivationQuantizer):
+            return self.constant(bias)
+        scale = weight_scale * quantizer.scale
+        integers = (bias.double() / scale.double()).round()
+        if integers.abs().max() >= 2**31:
+            return self.constant(bias)
+        zero = self.constant(torch.zeros(len(scale)), np.int32)
+        return self.op("DequantizeLinear", self.constant(integers, np.int32), self.constant(scale), zero, axis=0)
+
+
+def _write(graph: Graph, vit: SparseViT) -> None:
+    """Images -> logits."""
+    grid, width = vit.grid, vit.cls_token.shape[-1] if vit.cls_token is not None else vit.pos_embed.shape[-1]
+    x = graph.reshape(INPUT, -1, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
+    x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
+    x = graph.norm(graph.linear(graph.reshape(x, -1, grid.pixels), vit.patch_proj), vit.patch_norm)
+    x = graph.reshape(x, -1, grid.count, width)
+    prefix, positions = vit.prefix_and_positions()
+    if positions is not None:
+        x = graph.op("Add", x, graph.constant(positions[None]))
+    tokens = grid.count
+    if prefix is not None:
+        batch = graph.op("Shape", x, start=0, end=1)
+        shape = graph.op("Concat", batch, graph.constant(list(prefix.shape[1:]), np.int64), axis=0)
+        x = graph.op("Concat", graph.op("Expand", graph.constant(prefix), shape), x, axis=1)
+        tokens += prefix.shape[1]
+    x = graph.reshape(graph.norm(graph.quantized(x, vit.tap_embed), vit.norm_pre), -1, width)
+    for block in vit.blocks:
+        queries = vit.last_queries if block is vit.blocks[-1] else None
+        x = _block(graph, block, x, tokens, queries, width)
+    _head(graph, vit, graph.norm(x, vit.norm), vit.last_queries or tokens, width)
+
+
+def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int | None, width: int) -> str:
+    """Rows of tokens (B * tokens, width) -> rows of the first `queries` tokens of every image."""
+
+    def first(rows: str, size: int) -> str:
+        """The rows of the first `queries` tokens."""
+        if queries is None:
+            return rows
+        ends = (graph.constant([value], np.int64) for value in (0, queries, 1))
+        return graph.reshape(graph.op("Slice", graph.reshape(rows, -1, tokens, size), *ends), -1, size)
+
+    def of_heads(rows: str, norm: nn.Module, count: int) -> str:
+        return graph.norm(graph.reshape(rows, -1, count, block.heads, inner // block.heads), norm)
+
+    y = graph.norm(x, block.norm1)
+    inner = (block.proj.linear if isinstance(block.proj, QuantizedLinear) else block.proj).in_features
+    q, k, v = graph.op("Split", graph.linear(y, block.qkv), outputs=3, axis=1, num_outputs=3)
+    q = of_heads(first(q, inner), block.q_norm, queries or tokens)
+    q = graph.quantized(q, block.tap_q, (0, 2, 1, 3), block.scale)
+    k = graph.quantized(of_heads(k, block.k_norm, tokens), block.tap_k, (0, 2, 3, 1))
+    v = graph.quantized(of_heads(v, nn.Identity(), tokens), block.tap_v, (0, 2, 1, 3))
+    scores = graph.quantized(graph.op("MatMul", q, k), block.tap_scores)
+    probs = graph.quantized(graph.op("Softmax", scores, axis=-1), block.tap_probs)
+    out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 2, 1, 3))
+    out = graph.norm(graph.reshape(out, -1, inner), block.attn_norm)
+    out = graph.scaled(graph.linear(out, block.proj), block.ls1)
+    x = graph.quantized(graph.op("Add", first(x, width), out), block.tap_attn_sum)
+    y = graph.linear(graph.norm(x, block.norm2), block.mlp.fc1)
+    y = graph.norm(graph.op("Gelu", y, approximate=block.mlp.act.approximate), block.mlp.norm)
+    y = graph.scaled(graph.linear(y, block.mlp.fc2), block.ls2)
+    return graph.quantized(graph.op("Add", x, y), block.tap_mlp_sum)
+
+
+def _head(graph: Graph, vit: SparseViT, x: str, tokens: int, width: int) -> None:
+    """Rows of normalized tokens (B * tokens, width) -> logits."""
+    head, x = vit.head, graph.reshape(x, -1, tokens, width)
+
+    def token(index: int) -> str:
+        return graph.op("Gather", x, graph.constant(index, np.int64), axis=1)
+
+    if head.head_dist is not None:
+        both = graph.op("Add", graph.linear(token(0), head.head), graph.linear(token(1), head.head_dist))
+        graph.op("Mul", both, graph.constant(0.5), result=OUTPUT)
+        return
+    if head.pool_type == "token":
+        pooled = token(0)
+    else:
+        start = 0 if head.include_prefix else head.prefix_tokens
+        ends = (graph.constant([value], np.int64) for value in (start, tokens, 1))
+        pooled = graph.op("ReduceMean", graph.op("Slice", x, *ends), graph.constant([1], np.int64), keepdims=0)
+    graph.linear(graph.norm(pooled, head.fc_norm), head.head, result=OUTPUT)

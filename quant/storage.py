@@ -1,0 +1,86 @@
+"""A quantized model on disk: integers, scales and what is left in floating point, with all that makes it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models import LoadedModel, SparseViT
+from quant.config import QuantConfig
+from quant.insert import quantized_layers, quantized_vit, quantizers
+from quant.quantizers import largest_value_scale
+from utils.errors import UserError
+from utils.files import atomic, read_json, writable_folder, write_json
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "quantized.json"
+
+
+def save_quantized(
+    folder: str | Path, quantized: SparseViT, model: LoadedModel, config: QuantConfig, classes: list[str]
+) -> Path:
+    """Write a quantized model so that `load_quantized(folder)` gives the same logits.
+
+    Args:
+        folder: made if needed; gets `model.safetensors` (weights as int8 with their scales) and `quantized.json`.
+        quantized: what `quantize` made of `model`.
+        model: whose architecture and preprocessing are written down.
+        config: what it was quantized with.
+        classes: names of the classes, in order.
+
+    Raises:
+        UserError: a folder that cannot be written, or a model of which the architecture is not known.
+    """
+    if model.architecture is None:
+        raise UserError(f"--save: the architecture of {model.name} is not known, so it could not be made again")
+    folder = writable_folder(folder, "--save")
+    state = {name: value.detach().cpu().contiguous() for name, value in quantized.state_dict().items()}
+    for name, layer in quantized_layers(quantized).items():
+        if layer.weight_scale is not None:
+            state[f"{name}.linear.weight"] = layer.integers().cpu()
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(state, partial)
+    timm_name, args = model.architecture
+    about = {
+        "format": FORMAT,
+        "model": model.name,
+        "architecture": timm_name,
+        "arguments": args,
+        "quantization": dataclasses.asdict(config),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
+        "classes": classes,
+    }
+    write_json(folder / CONFIG, about)
+    return folder
+
+
+def load_quantized(folder: str | Path) -> SparseViT:
+    """The model that `save_quantized` wrote, on the CPU. Raises `UserError` where there is none or it is damaged."""
+    folder = Path(folder).expanduser()
+    about = read_json(folder / CONFIG)
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder / CONFIG} has format {about.get('format')}, this program reads {FORMAT}")
+    try:
+        vit = timm.create_model(about["architecture"], pretrained=False, **about["arguments"])
+        quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}
+        quantized = quantized_vit(SparseViT(vit), QuantConfig(**quantization), scale_of=largest_value_scale)
+        state = load_file(folder / WEIGHTS)
+        for name, layer in quantized_layers(quantized).items():
+            if layer.weight_scale is not None:
+                key = f"{name}.linear.weight"
+                state[key] = state[key].float() * state[f"{name}.weight_scale"][:, None]
+            if layer.linear.bias is None and f"{name}.linear.bias" in state:
+                layer.linear.bias = nn.Parameter(torch.empty(layer.linear.out_features), requires_grad=False)
+        quantized.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # timm, safetensors and torch each raise their own kinds
+        raise UserError(f"cannot load {folder}: {type(error).__name__}: {str(error).splitlines()[0][:160]}") from None
+    for quantizer in quantizers(quantized).values():
+        quantizer.observer = None
+    return quantized
