@@ -14,14 +14,15 @@ from inversion import ImagePool, InversionConfig, SynthesisReport, synthesize
 from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.events import require_tensorboard
 from models import DEFAULT_MODEL, LoadedModel, SparseImages, SparseViT, load_model
-from quant import calibrate, check_bits, evaluate
-from utils.cli import Parser, add_common_arguments, positive
+from quant import OBSERVERS, QuantConfig, check_model, evaluate, export, quantize, save_quantized
+from quant.sensitivity import save_sensitivity, sensitivity
+from utils.cli import Parser, add_common_arguments, positive, rate
 from utils.data import limited, load_split, loader, random_subset
 from utils.device import device_name, pick_dtype, seed_all, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.pictures import save_image_grid, save_loss_curve
-from utils.ranks import process_group, rank
+from utils.ranks import process_group, rank, rank_zero_first
 from utils.report import duration, table
 
 MODES = {0: "inverted", 1: "gaussian", 2: "real"}
@@ -47,6 +48,7 @@ def parser() -> Parser:
     add("--mode", type=int, choices=MODES, default=0, help="calibration images: 0 inverted, 1 Gaussian noise, 2 real")
     add("--w_bit", type=int, default=8, help="bits of the weights, 2 to 8; 32 leaves them alone")
     add("--a_bit", type=int, default=8, help="bits of the activations, 2 to 8; 32 leaves them alone")
+    add_quantization_arguments(parser)
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
     add("--tensorboard", action="store_true", help="write the course of the inversion to OUTPUT/tensorboard")
@@ -55,32 +57,75 @@ def parser() -> Parser:
     return parser
 
 
+def add_quantization_arguments(parser: Parser) -> None:
+    """How ranges are chosen, what is done about the error, and what becomes of the quantized model."""
+    add = parser.add_argument
+    add(
+        "--observer",
+        choices=(*OBSERVERS, "auto"),
+        default="minmax",
+        help="how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, as published, the "
+        "others the factors of matrix products alone; auto: repq below 8 bits of activations, else mse",
+    )
+    add("--keep", metavar="PARTS", help="first,last,head or parts of layers' names: these get at least 8 bits")
+    add("--bias_correction", action="store_true", help="shift biases until every layer's mean output is as it was")
+    add("--reconstruct", action="store_true", help="learn rounding and ranges, block by block, on the images")
+    add("--reconstruct_steps", type=positive, default=QuantConfig.reconstruct_steps, help="steps for each block")
+    add("--reconstruct_seconds", type=rate, metavar="S", help="time limit of the reconstruction in s; default none")
+    add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
+    add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")
+    add("--save", metavar="DIR", help="write the quantized model, to be read by quant.load_quantized(DIR)")
+
+
+def quant_config(args: argparse.Namespace, w_bit: int | None = None, a_bit: int | None = None) -> QuantConfig:
+    """What the flags ask for, at other widths if they are given."""
+    return QuantConfig(
+        w_bit=args.w_bit if w_bit is None else w_bit,
+        a_bit=args.a_bit if a_bit is None else a_bit,
+        observer=args.observer,
+        keep=tuple(args.keep.split(",")) if args.keep is not None else (),
+        bias_correction=args.bias_correction,
+        reconstruct=args.reconstruct,
+        reconstruct_steps=args.reconstruct_steps,
+        reconstruct_seconds=args.reconstruct_seconds,
+        batch_size=args.calib_batchsize,
+        seed=args.seed,
+    )
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the task and return the report."""
     args = parser().parse_args(argv)
-    check_bits(args.w_bit, args.a_bit)
+    quant_config(args)  # what cannot go together is refused first
     with process_group(args.device, args.gpu) as device:
         return run(args, device)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> dict:
     """The task on one rank."""
-    config = inversion_config(args, args.calib_batchsize, pick_dtype(args.dtype, device))
+    config, how = inversion_config(args, args.calib_batchsize, pick_dtype(args.dtype, device)), quant_config(args)
     count = args.num_images or args.calib_batchsize
     seed_all(args.seed)
     model = load_model(args.model, args.model_path)
     calibration = config.strategy if args.mode == 0 else MODES[args.mode]
     name = f"{model.name.rstrip('/').split('/')[-1]}-{calibration}-w{args.w_bit}a{args.a_bit}-s{args.seed}"
     output = writable_folder(args.output or Path("runs", name), "--output")
+    check_outcome(args, how, model)
     test_set = load_split("test", model.dataset, args.dataset, model.preprocessing.eval_transform(), model.classes)
 
     images, synthesis = calibration_images(model, config, args, count, device, output)
     vit = SparseViT(model.vit).to(device)
     start = time.perf_counter()
-    quantized = calibrate(vit, images, args.w_bit, args.a_bit, batch_size=args.calib_batchsize)
+    quantized = quantize(vit, images, how)
     calibration_seconds = time.perf_counter() - start
+    models = {"fp": vit, "quant": quantized}
+    with rank_zero_first():
+        if args.save and rank() == 0:
+            save_quantized(args.save, quantized, model, how, test_set.classes)
+        if args.export:
+            models["export"] = export.OnnxModel(exported(args, quantized, model, how, test_set.classes))
     data = loader(limited(test_set, args.val_limit), args.val_batchsize, args.num_workers)
-    accuracy = evaluate({"fp": vit, "quant": quantized}, data, device)
+    accuracy = evaluate(models, data, device, agreement_with="quant" if args.export else None)
 
     report = {
         "task": "quant",
@@ -89,6 +134,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         "calibration": calibration,
         "w_bit": args.w_bit,
         "a_bit": args.a_bit,
+        "quantization": {**asdict(how), "method": how.method},
         "seed": args.seed,
         "device": device_name(device),
         "dtype": config.dtype,
@@ -100,9 +146,37 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     }
     if rank() == 0:
         save_pictures(model, vit, images, output)
+        if args.export:
+            report["export"] |= export_report(args, report, vit, model)
+        if args.sensitivity:
+            report["sensitivity"] = sensitivity(vit, images, how)
+            write_json(output / "sensitivity.json", report["sensitivity"])
+            save_sensitivity(output / "sensitivity.png", report["sensitivity"])
         write_json(output / "report.json", report)
     print_summary(report, output)
     return report
+
+
+def check_outcome(args: argparse.Namespace, config: QuantConfig, model: LoadedModel) -> None:
+    """Raise `UserError`, before anything is computed, for a model that cannot be quantized, saved or exported so."""
+    check_model(SparseViT(model.vit), config)
+    if args.save:
+        writable_folder(args.save, "--save")
+    if args.export:
+        export.require_export(args.export, model)
+
+
+def exported(args: argparse.Namespace, quantized: SparseViT, model: LoadedModel, config: QuantConfig, classes) -> Path:
+    """The ONNX file, written by rank 0."""
+    path = Path(args.export).expanduser()
+    return export.export(path, quantized, model, config, classes) if rank() == 0 else path
+
+
+def export_report(args: argparse.Namespace, report: dict, vit: SparseViT, model: LoadedModel) -> dict:
+    """What is said about the ONNX file besides its accuracy."""
+    path = Path(args.export).expanduser()
+    difference = round(report["export"]["top1"] - report["quant"]["top1"], 3)
+    return {"file": str(path), "top1_difference": difference, **export.speed(path, vit, model)}
 
 
 def calibration_images(
@@ -157,11 +231,35 @@ def print_summary(report: dict, output: Path) -> None:
         [label, f"{report[key]['top1']:.2f}", f"{report[key]['top5']:.2f}", f"{report[key]['loss']:.4f}"]
         for key, label in (("fp", "full precision"), ("quant", f"W{report['w_bit']}/A{report['a_bit']}"))
     ]
+    if "export" in report:
+        rows.append(
+            [
+                "ONNX file",
+                *(f"{report['export'][key]:.2f}" for key in ("top1", "top5")),
+                f"{report['export']['loss']:.4f}",
+            ]
+        )
     print(f"\n{report['model']}, {report['calibration_images']} {report['calibration']} calibration images")
     print(table(["model", "top-1 %", "top-5 %", "loss"], rows))
     if report["mode"] == 0:
         print(f"inversion: {duration(report['inversion']['seconds'])}, images in {report['inversion']['pool']}")
+    if "export" in report:
+        print_export(report["export"])
+    if "sensitivity" in report:
+        shown = report["sensitivity"][:10]
+        lines = [[r["layer"], r["w_bit"] or "-", r["a_bit"], f"{r['divergence']:.5f}", r["changed"]] for r in shown]
+        print("quantized alone, the ten that cost most (all in sensitivity.json):")
+        print(table(["layer", "W", "A", "divergence", "changed %"], lines))
     print(f"report and pictures: {output}")
+
+
+def print_export(found: dict) -> None:
+    """What an exported file is like."""
+    print(f"{found['file']}: {found['bytes'] / 1e6:.2f} MB, {found['size_ratio']:.3f}x of float32", end="; ")
+    print(f"{found['agreement']:.2f}% of the images are classified as by the simulated model")
+    columns = [("ONNX file", "quantized"), ("ONNX file, float32", "float32"), ("PyTorch, float32", "pytorch")]
+    lines = [[label, f"{found['latency_ms'][key]:.2f}", f"{found['throughput'][key]:.1f}"] for label, key in columns]
+    print(table([f"{found['threads']} threads", "ms, batch 1", "images/s, batch 32"], lines))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,18 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
     return quantized
 
 
+def check_model(vit: SparseViT, config: QuantConfig) -> None:
+    """Raise `UserError`, without computing anything, where `vit` cannot be quantized as `config` says."""
+    if config.w_bit == config.a_bit == 32:
+        return
+    method = OBSERVERS[config.method]
+    config.widths(list(places(vit, method)), len(vit.blocks))
+    if method.reparameterize:
+        norm_sites(vit)
+    if config.reconstruct and ranks() > 1:
+        raise UserError("--reconstruct runs in one process; start it without torchrun")
+
+
 @torch.no_grad()
 def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
     """The full-precision model, reparameterized if the observer does so and `wrapped`, and its quantized copy.

@@ -15,7 +15,11 @@ from utils.ranks import rank, summed
 
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, SparseViT], data: DataLoader, device: torch.device, quiet: bool = False
+    models: Mapping[str, SparseViT],
+    data: DataLoader,
+    device: torch.device,
+    quiet: bool = False,
+    agreement_with: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate every model on the same batches.
 
@@ -24,20 +28,24 @@ def evaluate(
         data: batches of normalized images (B, C, H, W) and labels (B,); of several ranks, each has its own part.
         device: where the models are.
         quiet: no progress bar.
+        agreement_with: one of the models, which the others are compared with.
 
     Returns:
-        name -> `top1` and `top5` in per cent, `loss` (mean cross-entropy) and `images`.
+        name -> `top1` and `top5` in per cent, `loss` (mean cross-entropy), `images`, and `agreement` with that model:
+        per cent of the images that both put in the same class.
     """
-    sums = {name: [0.0, 0.0, 0.0] for name in models}
+    sums = {name: [0.0, 0.0, 0.0, 0.0] for name in models}
     images_seen = 0
     for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet or rank() > 0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images_seen += len(labels)
-        for name, model in models.items():
-            logits = model.forward_images(images)
+        outputs = {name: model.forward_images(images) for name, model in models.items()}
+        compared = outputs.get(agreement_with)
+        for name, logits in outputs.items():
+            same = logits.new_zeros(()) if compared is None else (logits.argmax(1) == compared.argmax(1)).sum()
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss]).tolist()
+            seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, same]).tolist()
             sums[name] = [total + value for total, value in zip(sums[name], seen, strict=True)]
     images_seen = round(summed([images_seen], device)[0])
     sums = {name: summed(total, device) for name, total in sums.items()}
@@ -47,6 +55,7 @@ def evaluate(
             "top5": round(100 * total[1] / images_seen, 3),
             "loss": total[2] / images_seen,
             "images": images_seen,
+            **({"agreement": round(100 * total[3] / images_seen, 3)} if agreement_with not in (None, name) else {}),
         }
         for name, total in sums.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models import SparseViT
@@ -57,7 +58,8 @@ def quantized_vit(
 ) -> SparseViT:
     """A copy of `vit` with rounded weights and observing activation quantizers.
 
-    `scale_of` gives a weight's scales for a width in bits; by default it is the observer's. Raises `UserError` where `config.keep` names nothing.
+    `scale_of` gives a weight's scales for a width in bits; by default it is the observer's. Raises `UserError` where
+    `config.keep` names nothing.
     """
     vit = copy.deepcopy(vit).requires_grad_(False)
     if config.w_bit == config.a_bit == 32:

@@ -67,7 +67,9 @@ class HistogramObserver(MinMaxObserver):
             return super().observe(x)
         x = x.detach().float().reshape(-1, self.channels or 1)
         rows = self.counts.shape[0]
-        index = ((x - self.low) / self._step()).long().clamp(0, self.bins - 1) + self.bins * torch.arange(rows, device=x.device)
+        index = ((x - self.low) / self._step()).long().clamp(0, self.bins - 1) + self.bins * torch.arange(
+            rows, device=x.device
+        )
         self.counts += torch.bincount(index.flatten(), minlength=rows * self.bins).view(rows, self.bins)
 
     def end_pass(self) -> None:

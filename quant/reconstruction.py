@@ -20,8 +20,6 @@ from quant.config import QuantConfig
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
-from utils.errors import UserError
-from utils.ranks import ranks
 
 STEP_IMAGES = 8
 """Images a step."""
@@ -95,12 +93,7 @@ def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages
         images: calibration images, any number; `STEP_IMAGES` of them a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
-
-    Raises:
-        UserError: started on several ranks.
     """
-    if ranks() > 1:
-        raise UserError("--reconstruct runs in one process; start it without torchrun")
     generator = torch.Generator(quantized.device).manual_seed(config.seed)
     end = None if config.reconstruct_seconds is None else time.monotonic() + config.reconstruct_seconds
     count = len(quantized.blocks) + 2

@@ -30,7 +30,7 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
     Raises `UserError` for a norm without scale and offset, which nothing can be moved into.
     """
     sites = []
-    for i, block in enumerate(vit.blocks):
+    for i in range(len(vit.blocks)):
         sites.append(NormSite(f"blocks.{i}.norm1", _named(vit, f"blocks.{i}", "qkv", "gate")))
         readers = _named(vit, f"blocks.{i}.mlp", "fc1", "fc1_g", "fc1_x")
         sites.append(NormSite(f"blocks.{i}.norm2", readers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -69,18 +70,16 @@ def correct_biases(reference: SparseViT, quantized: SparseViT, images: SparseIma
         originals = quantized_layers(reference)
         layers = {name: layer for name, layer in quantized_layers(quantized).items() if stage.owns(name)}
         wanted = _mean_outputs(
-            {name: originals[name] for name in layers}, lambda batch: stage.run(reference, *batch), stage.inputs
+            {name: originals[name] for name in layers}, functools.partial(stage.run, reference), stage.inputs
         )
         for name, layer in layers.items():
-            seen = _mean_outputs({name: layer}, lambda batch: stage.run(quantized, *batch), stage.quantized_inputs)
+            seen = _mean_outputs({name: layer}, functools.partial(stage.run, quantized), stage.quantized_inputs)
             change = wanted[name] - seen[name]
             bias = change if layer.linear.bias is None else layer.linear.bias + change
             layer.linear.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
-def _mean_outputs(
-    layers: dict[str, QuantizedLinear], run: Callable[[tuple[Tensor, ...]], Tensor], batches: list[tuple[Tensor, ...]]
-) -> dict[str, Tensor]:
+def _mean_outputs(layers: dict[str, QuantizedLinear], run: Run, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Mean of each layer's output (out,) over all tokens of all batches."""
     sums, counts = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
@@ -92,7 +91,7 @@ def _mean_outputs(
         layer.register_forward_hook(lambda _, __, out, name=name: add(name, out)) for name, layer in layers.items()
     ]
     for batch in batches:
-        run(batch)
+        run(*batch)
     for hook in hooks:
         hook.remove()
     return {name: sums[name] / counts[name] for name in layers}

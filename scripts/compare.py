@@ -21,7 +21,7 @@ import test_quant
 from inversion import InversionConfig, SynthesisReport
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
-from quant import calibrate, check_bits, evaluate
+from quant import check_bits, evaluate, quantize
 from scripts.comparison import (
     BASELINES,
     Method,
@@ -34,7 +34,7 @@ from scripts.comparison import (
     save_images,
     write_results,
 )
-from test_quant import calibration_images, save_pictures
+from test_quant import calibration_images, quant_config, save_pictures
 from utils.checkpoint import configuration
 from utils.cli import Parser
 from utils.data import limited, load_split, loader
@@ -104,6 +104,7 @@ class Bench:
 
     def run(self, method: Method, seed: int, args: argparse.Namespace, widths, rows: Rows, folder: Path) -> list[dict]:
         """The rows of one kind of images, one per width; all widths are evaluated in one pass over the data."""
+        configs = {(w_bit, a_bit): quant_config(args, w_bit, a_bit) for w_bit, a_bit in widths}
         cells = {}
         for w_bit, a_bit in widths:
             cells[w_bit, a_bit] = {**configuration(args, NOT_CELL), "dtype": self.config(args).dtype, **self.facts}
@@ -117,7 +118,7 @@ class Bench:
             if method.strategy in BASELINES:
                 report |= {"seconds": round(time.perf_counter() - start, 3), "images": len(images)}
             save_pictures(self.model, self.vit, images, folder)
-            models = {(w, a): calibrate(self.vit, images, w, a, batch_size=args.calib_batchsize) for w, a in missing}
+            models = {width: quantize(self.vit, images, configs[width]) for width in missing}
             for (w_bit, a_bit), result in evaluate(models, self.data, self.device).items():
                 row = {"task": "quant", "model": self.name, "method": method.name, "prior": method.prior}
                 row |= {"strategy": method.strategy, "seed": seed, "width": f"W{w_bit}/A{a_bit}"}

@@ -13,7 +13,7 @@ from torch import nn
 
 import test_quant
 from models import DEFAULT_MODEL, SparseImages, SparseViT
-from quant import calibrate, evaluate
+from quant import evaluate, quantize
 from quant.insert import quantizers
 from scripts import compare
 from scripts.comparison import methods
@@ -60,12 +60,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
             sources.setdefault(method.name, []).append(bench.images(run, folder)[0])
     rows = []
     for w_bit, a_bit in args.bits:
+        config = test_quant.quant_config(run, w_bit, a_bit)
         for label, parts in LEFT_OUT.items():
             row = {"left_out": label, "w_bit": w_bit, "a_bit": a_bit}
             for kind, seeds in sources.items():
-                models = {
-                    str(i): without(calibrate(bench.vit, images, w_bit, a_bit), parts) for i, images in enumerate(seeds)
-                }
+                models = {str(i): without(quantize(bench.vit, images, config), parts) for i, images in enumerate(seeds)}
                 top1 = [result["top1"] for result in evaluate(models, bench.data, bench.device, quiet=True).values()]
                 row[kind] = round(statistics.mean(top1), 2)
             rows.append(row)

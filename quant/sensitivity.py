@@ -1,0 +1,71 @@
+"""How much each layer alone costs when it is quantized: what it does to the predictions on the calibration images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from models import SparseImages, SparseViT
+from quant.calibration import calibrated
+from quant.config import QuantConfig
+from quant.insert import places
+from quant.observers import OBSERVERS
+from utils.pictures import save_figure
+
+
+@torch.no_grad()
+def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig) -> list[dict]:
+    """Quantize one layer (or tap) after another, all others in full precision; no labels are needed.
+
+    Returns:
+        A row for each, the costliest first: `layer`, `w_bit` (None of a tap), `a_bit`, `divergence` (mean
+        Kullback-Leibler divergence of the prediction from the full-precision one, in nats) and `changed` (per cent of
+        the images that are classified otherwise).
+    """
+    reference, quantized = calibrated(vit, images, config)
+    names = list(places(vit, OBSERVERS[config.method]))
+    widths = config.widths(names, len(vit.blocks))
+    expected = _log_probabilities(reference, images, config.batch_size)
+    rows = []
+    for name in tqdm(names, desc="sensitivity", unit="layer"):
+        original = reference.get_submodule(name)
+        reference.set_submodule(name, quantized.get_submodule(name))
+        found = _log_probabilities(reference, images, config.batch_size)
+        reference.set_submodule(name, original)
+        divergence = (expected.exp() * (expected - found)).sum(dim=1).mean().item()
+        changed = (found.argmax(dim=1) != expected.argmax(dim=1)).float().mean().item()
+        w_bit, a_bit = widths[name]
+        rows.append(
+            {
+                "layer": name,
+                "w_bit": None if "tap_" in name else w_bit,
+                "a_bit": a_bit,
+                "divergence": divergence,
+                "changed": round(100 * changed, 2),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["divergence"])
+
+
+def save_sensitivity(path: Path, rows: list[dict]) -> None:
+    """The divergences as bars, in the order of the table."""
+    figure = Figure(figsize=(8, 1.2 + 0.16 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh([row["layer"] for row in rows], [max(row["divergence"], 0) for row in rows], color="tab:blue")
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="divergence of the prediction with this layer alone quantized, nats")
+    save_figure(path, figure)
+
+
+def _log_probabilities(vit: SparseViT, images: SparseImages, batch_size: int) -> Tensor:
+    """(N, classes), in float64."""
+    logits = [
+        vit(batch.patches.to(vit.device), batch.positions.to(vit.device)).logits for batch in images.batches(batch_size)
+    ]
+    return torch.cat(logits).double().log_softmax(dim=1)
