@@ -105,9 +105,8 @@ class PercentileObserver(HistogramObserver):
     def _range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         share = self.counts.cumsum(dim=1) / self.counts.sum(dim=1, keepdim=True)
         step = self._step().view(-1)
-        below = (share <= self.tail).sum(dim=1)
-        above = self.bins - (share < 1 - self.tail).sum(dim=1) - 1
-        return low + below * step, high - above * step
+        below, within = (share <= self.tail).sum(dim=1), (share < 1 - self.tail).sum(dim=1)
+        return low + below * step, torch.minimum(low + (within + 1) * step, high)
 
 
 class MSEObserver(HistogramObserver):

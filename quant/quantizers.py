@@ -71,10 +71,10 @@ class LogSqrt2Quantizer(nn.Module):
 
 def log_sqrt2(x: Tensor, scale: Tensor, high: int) -> Tensor:
     """`x` (any shape, 0 or more) at the nearest power of the square root of two: see `LogSqrt2Quantizer`."""
-    q = (-2 * (x / scale).clamp(min=EPS**2).log2()).round().clamp(min=0)
+    q = (-2 * (x / scale).log2()).round().clamp(min=0)  # infinite of zero
     half = (q / 2).ceil()
-    odd = 2 * half - q
-    return torch.where(q > high, 0.0, torch.exp2(-half) * (1 + odd * (2**0.5 - 1)) * scale)
+    value = torch.exp2(-half) * torch.where(2 * half > q, 2**0.5, 1.0) * scale
+    return torch.where(q > high, 0.0, value)
 
 
 def round_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,173 @@
+"""What mends the error that rounding leaves: reconstruction and bias correction; and what each layer costs."""
+
+import time
+
+import pytest
+import torch
+
+from models import SparseImages, SparseViT
+from quant import QuantConfig, quantize
+from quant.calibration import calibrated
+from quant.insert import QuantizedLinear, quantized_layers, quantizers
+from quant.quantizers import ActivationQuantizer
+from quant.reconstruction import AdaptiveRounding, LearnedQuantizer
+from quant.sensitivity import sensitivity
+from quant.stages import stages, walk
+from tests.conftest import tiny_vit
+
+
+@pytest.fixture
+def vit() -> SparseViT:
+    return SparseViT(tiny_vit())
+
+
+@pytest.fixture
+def images(vit) -> SparseImages:
+    """Nine images of which seven patches are left."""
+    positions = torch.stack([torch.randperm(16)[:7] for _ in range(9)])
+    return SparseImages(torch.randn(9, 7, 3, 8, 8), positions, torch.zeros(9, dtype=torch.long))
+
+
+def block_error(vit: SparseViT, quantized: SparseViT, images: SparseImages) -> float:
+    """Squared error of the last block's output."""
+    with torch.no_grad():
+        outputs = []
+        for model in (vit, quantized):
+            x = model.embed(images.patches, images.positions)
+            for block in model.blocks:
+                x = block(x).tokens
+            outputs.append(x)
+    return (outputs[0] - outputs[1]).square().mean().item()
+
+
+def test_stages_one_after_another_are_the_model(vit, images):
+    tensors = images.patches, images.positions
+    with torch.no_grad():
+        for _, run in stages(vit):
+            tensors = (run(vit, *tensors),)
+        torch.testing.assert_close(tensors[0], vit(images.patches, images.positions).logits)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "repq"])
+def test_reconstruction_lowers_the_error_on_images_it_has_not_seen(vit, observer):
+    images = SparseImages.whole(vit.grid, torch.randn(32, 3, 32, 32), torch.zeros(32))
+    config = {"w_bit": 3, "a_bit": 4, "observer": observer, "batch_size": 16}
+    plain = quantize(vit, images, QuantConfig(**config))
+    learned = quantize(vit, images, QuantConfig(**config, reconstruct=True, reconstruct_steps=150))
+    unseen = SparseImages.whole(vit.grid, torch.randn(32, 3, 32, 32), torch.zeros(32))
+    assert block_error(vit, learned, images) < 0.9 * block_error(vit, plain, images)
+    assert block_error(vit, learned, unseen) < block_error(vit, plain, unseen)
+
+
+def test_reconstructed_weights_are_neighbours_on_the_grid(vit, images):
+    config = QuantConfig(3, 4, "mse", reconstruct=True, reconstruct_steps=40)
+    reference, _ = calibrated(vit, images, config)
+    learned = quantize(vit, images, config)
+    originals, moved = quantized_layers(reference), 0
+    for name, layer in quantized_layers(learned).items():
+        units = originals[name].linear.weight / layer.weight_scale[:, None]
+        assert torch.equal(layer.integers() * layer.weight_scale[:, None], layer.linear.weight)
+        inside = (units > -4) & (units < 3)
+        assert ((layer.integers() - units).abs() < 1 + 1e-4)[inside].all()
+        moved += (layer.integers() != units.round().clamp(-4, 3)).sum().item()
+    assert moved > 0
+    assert not any(isinstance(m, AdaptiveRounding | LearnedQuantizer) for m in learned.modules())
+
+
+def test_reconstruction_depends_on_the_seed_alone(vit, images):
+    logits = []
+    for seed in (0, 0, 1):
+        torch.rand(3)  # the global generator is not what decides
+        config = QuantConfig(3, 4, "mse", reconstruct=True, reconstruct_steps=10, seed=seed)
+        logits.append(quantize(vit, images, config)(images.patches, images.positions).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_reconstruction_ends_in_time(vit, images):
+    plain = quantize(vit, images, QuantConfig(3, 4, "mse"))
+    start = time.monotonic()
+    config = QuantConfig(3, 4, "mse", reconstruct=True, reconstruct_steps=10**6, reconstruct_seconds=2)
+    limited = quantize(vit, images, config)
+    assert time.monotonic() - start < 6
+    assert block_error(vit, limited, images) < block_error(vit, plain, images)
+
+
+def test_a_learned_scale_has_the_gradient_of_lsq():
+    """Esser et al., eq. 3: round(x / s) - x / s inside the range, its ends outside."""
+    quantizer = ActivationQuantizer(3, None)
+    quantizer.fix(torch.tensor(0.5), torch.tensor(2, dtype=torch.int32))
+    learned = LearnedQuantizer(quantizer, torch.Generator())
+    x = torch.tensor([0.3, -0.4, 9.0, -9.0])
+    level = x / 0.5
+    expected = torch.where((level + 2).clamp(0, 7) == level + 2, level.round() - level, (level + 2).clamp(0, 7) - 2)
+    learned.train()
+    for value, gradient in zip(x, expected, strict=True):
+        for _ in range(20):  # until this value is not among those left in full precision
+            out = learned(value[None])
+            if out != value:
+                break
+        (found,) = torch.autograd.grad(out.sum(), learned.log_scale)
+        assert found.item() == pytest.approx(0.5 * gradient.item(), rel=1e-5)
+
+
+def test_bias_correction_restores_the_mean_of_every_layer(vit, images):
+    config = QuantConfig(3, 4, "mse", bias_correction=True, batch_size=4)
+    reference, plain = calibrated(vit, images, config)
+    corrected = quantize(vit, images, config)
+    names = list(quantized_layers(corrected))
+
+    def deviations(model: SparseViT) -> dict[str, float]:
+        means: dict[str, list] = {name: [] for name in names}
+        for which in (reference, model):
+            hooks = [
+                layer.register_forward_hook(lambda _, __, out, name=name: means[name].append(out.flatten(0, -2)))
+                for name, layer in quantized_layers(which).items()
+            ]
+            with torch.no_grad():
+                which(images.patches, images.positions)
+            for hook in hooks:
+                hook.remove()
+        return {name: (b.mean(dim=0) - a.mean(dim=0)).abs().max().item() for name, (a, b) in means.items()}
+
+    before, after = deviations(plain), deviations(corrected)
+    assert max(before.values()) > 0.05
+    assert max(after.values()) < 1e-3
+
+
+def test_a_bias_is_made_where_a_layer_has_none():
+    vit = SparseViT(tiny_vit(qkv_bias=False))
+    images = SparseImages.whole(vit.grid, torch.randn(4, 3, 32, 32), torch.zeros(4))
+    quantized = quantize(vit, images, QuantConfig(3, 4, "mse", bias_correction=True))
+    assert quantized.blocks[0].qkv.linear.bias.abs().max() > 0
+    assert vit.blocks[0].qkv.bias is None
+
+
+def test_sensitivity_quantizes_one_layer_at_a_time(vit, images):
+    rows = sensitivity(vit, images, QuantConfig(3, 3, "mse", keep=("first",)))
+    by_name = {row["layer"]: row for row in rows}
+    reference, quantized = calibrated(vit, images, QuantConfig(3, 3, "mse", keep=("first",)))
+    assert by_name.keys() == {name.removesuffix(".quantizer") for name in quantizers(quantized)}
+    assert [row["divergence"] for row in rows] == sorted((row["divergence"] for row in rows), reverse=True)
+    assert (by_name["patch_proj"]["w_bit"], by_name["patch_proj"]["a_bit"]) == (8, 8)
+    assert by_name["patch_proj"]["divergence"] < by_name["blocks.0.mlp.fc1"]["divergence"]
+    with torch.no_grad():
+        expected = reference(images.patches, images.positions).logits.log_softmax(dim=1)
+        layer = quantized.blocks[1].mlp.fc2
+        assert isinstance(layer, QuantizedLinear)
+        reference.set_submodule("blocks.1.mlp.fc2", layer)
+        found = reference(images.patches, images.positions).logits.log_softmax(dim=1)
+    divergence = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+    assert by_name["blocks.1.mlp.fc2"]["divergence"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+
+
+def test_the_walk_feeds_each_model_its_own_tensors(vit, images):
+    reference, quantized = calibrated(vit, images, QuantConfig(4, 4, "mse"))
+    found = list(walk(reference, quantized, images, batch_size=4))
+    assert [len(stage.inputs) for stage in found] == [3] * 4
+    assert torch.equal(found[0].inputs[0][0], found[0].quantized_inputs[0][0])
+    with torch.no_grad():
+        for index, model in enumerate((reference, quantized)):
+            tokens = model.embed(images.patches[:4], images.positions[:4])
+            stage = found[1].quantized_inputs if index else found[1].inputs
+            torch.testing.assert_close(stage[0][0], tokens)
