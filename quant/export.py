@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import atomic, writable_folder
 
 PACKAGES = ("onnx", "onnxruntime")
-SECONDS_TIMED, LEAST_RUNS, MOST_RUNS = 10.0, 3, 40
+SECONDS_TIMED, LEAST_RUNS, MOST_RUNS = 10.0, 5, 20
 
 
 def require_export(file: str | Path, model: LoadedModel) -> None:

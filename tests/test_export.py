@@ -1,0 +1,224 @@
+"""Quantized models on disk: saved and read back, and as ONNX files."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test_quant
+from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
+from models.registry import Preprocessing
+from quant import QuantConfig, load_quantized, quantize, save_quantized
+from quant.export import require_export
+from tests.conftest import randomize, run_script, tiny_model, tiny_vit
+from utils.data import Digits
+from utils.errors import UserError
+
+CLASSES = list(Digits.classes)
+
+
+def noise(vit: SparseViT, count: int = 8) -> SparseImages:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, vit.grid.channels, *vit.grid.image_size, generator=generator)
+    return SparseImages.whole(vit.grid, images, torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(8, 8),
+        QuantConfig(4, 4, "repq", keep=("first", "head"), bias_correction=True),
+        QuantConfig(3, 4, "repq", reconstruct=True, reconstruct_steps=3),
+        QuantConfig(4, 32, "mse"),
+        QuantConfig(32, 6, "percentile"),
+    ],
+    ids=lambda config: f"{config.observer}-w{config.w_bit}a{config.a_bit}",
+)
+def test_a_saved_model_gives_identical_logits(tmp_path, config):
+    model = load_model(DEFAULT_MODEL)
+    vit = SparseViT(model.vit)
+    quantized = quantize(vit, noise(vit), config)
+    again = load_quantized(save_quantized(tmp_path / "saved", quantized, model, config, CLASSES))
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.forward_images(images), quantized.forward_images(images))
+    about = json.loads((tmp_path / "saved" / "quantized.json").read_text())
+    assert about["classes"] == CLASSES
+    if config.w_bit <= 8:
+        size = (tmp_path / "saved" / "model.safetensors").stat().st_size
+        assert size < 0.32 * 4 * sum(parameter.numel() for parameter in model.vit.parameters())
+
+
+def test_a_bias_that_reparameterization_made_is_read_back(tmp_path):
+    model = load_model(DEFAULT_MODEL)
+    for block in model.vit.blocks:
+        block.attn.qkv.bias = None
+    model.architecture[1]["qkv_bias"] = False
+    vit, config = SparseViT(model.vit), QuantConfig(4, 4, "repq")
+    quantized = quantize(vit, noise(vit), config)
+    again = load_quantized(save_quantized(tmp_path, quantized, model, config, CLASSES))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.forward_images(images), quantized.forward_images(images))
+
+
+def test_a_folder_that_holds_no_quantized_model_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"quantized\.json"):
+        load_quantized(tmp_path)
+    model = load_model(DEFAULT_MODEL)
+    vit = SparseViT(model.vit)
+    save_quantized(tmp_path, quantize(vit, noise(vit), QuantConfig()), model, QuantConfig(), CLASSES)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot load"):
+        load_quantized(tmp_path)
+    (tmp_path / "quantized.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 99"):
+        load_quantized(tmp_path)
+    with pytest.raises(UserError, match="architecture"):
+        save_quantized(tmp_path, vit, tiny_model(), QuantConfig(), [])
+
+
+def test_without_the_packages_export_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"requirements-export\.txt"):
+        test_quant.main(["--export", str(tmp_path / "a.onnx"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.fixture
+def onnx_packages():
+    pytest.importorskip("onnx", reason="onnx is not installed (requirements-export.txt)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements-export.txt)")
+
+
+@pytest.mark.usefixtures("onnx_packages")
+def test_the_bundled_model_is_exported_checked_and_run(tmp_path):
+    file = tmp_path / "digits.onnx"
+    flags = ["--mode", "2", "--output", str(tmp_path / "out"), "--export", str(file), "--save", str(tmp_path / "saved")]
+    report = test_quant.main([*flags, "--observer", "auto"])
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["export"]
+    assert found["agreement"] >= 99.5
+    assert abs(found["top1_difference"]) <= 0.3  # one of 360 images
+    assert found["top1"] == report["export"]["top1"] > 98
+    assert found["bytes"] == file.stat().st_size < 0.35 * found["float32_bytes"]
+    for times in (found["latency_ms"], found["throughput"]):
+        assert times.keys() == {"quantized", "float32", "pytorch"}
+        assert all(value > 0 for value in times.values())
+
+    digits = Digits("test", lambda image: image)
+    paths = []
+    for index in range(12):
+        paths.append(tmp_path / f"{index}.png")
+        digits[index][0].save(paths[-1])
+    result = run_script("scripts/run_onnx.py", file, *paths, "--top", 2)
+    assert result.returncode == 0, result.stderr
+    named = [line.partition(": ")[2].split(" ")[0] for line in result.stdout.splitlines()]
+    assert sum(name == str(digits[index][1]) for index, name in enumerate(named)) >= 11
+    assert "torch" not in (run_script.__globals__["ROOT"] / "scripts" / "run_onnx.py").read_text()
+    for wrong in ([tmp_path / "none.onnx", paths[0]], [file, tmp_path / "none.png"]):
+        result = run_script("scripts/run_onnx.py", *wrong)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+OPTIONS = [
+    {},
+    {"init_values": 0.1},
+    {"reg_tokens": 2, "global_pool": "avg", "fc_norm": True},
+    {"qk_norm": True, "qkv_bias": False},
+    {"pre_norm": True, "no_embed_class": True},
+    {"class_token": False, "global_pool": "avg"},
+]
+
+
+def logits_of(vit: SparseViT, images: torch.Tensor, int4: bool = True) -> np.ndarray:
+    import onnxruntime
+
+    from quant.onnx_graph import onnx_model
+
+    session = onnxruntime.InferenceSession(
+        onnx_model(copy.deepcopy(vit), {}, int4).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"images": images.numpy()})[0]
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_full_precision_graph_gives_the_logits_of_the_model(options):
+    vit = SparseViT(tiny_vit(**options))
+    images = noise(vit, 3)
+    for count in (1, 3):
+        pixels = vit.grid.unpatchify(images.patches, images.positions)[:count]
+        with torch.no_grad():
+            expected = vit.forward_images(pixels).numpy()
+        np.testing.assert_allclose(logits_of(vit, pixels), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("onnx_packages")
+def test_a_distilled_model_is_exported_with_both_heads():
+    import timm
+
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    vit = SparseViT(randomize(timm.create_model("deit_tiny_distilled_patch16_224", **args)))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = vit.forward_images(pixels).numpy()
+    np.testing.assert_allclose(logits_of(vit, pixels), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("config", [QuantConfig(8, 8), QuantConfig(4, 6, "repq"), QuantConfig(8, 8, "mse")], ids=str)
+def test_a_quantized_graph_gives_nearly_the_logits_of_the_model(config):
+    """Sums in another order move a value over a rounding step now and then, so not exactly."""
+    vit = SparseViT(tiny_vit())
+    images = noise(vit, 16)
+    quantized = quantize(vit, images, config)
+    pixels = vit.grid.unpatchify(images.patches, images.positions)
+    with torch.no_grad():
+        plain, expected = (model.forward_images(pixels).numpy() for model in (vit, quantized))
+    found = logits_of(quantized, pixels)
+    assert np.abs(found - expected).mean() < 0.3 * np.abs(plain - expected).mean()
+    if config.w_bit == 4:
+        np.testing.assert_array_equal(found, logits_of(quantized, pixels, int4=False))
+
+
+@pytest.mark.usefixtures("onnx_packages")
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    import timm
+
+    def refused(model, why, file="a.onnx"):
+        with pytest.raises(UserError, match=why):
+            require_export(tmp_path / file, model)
+
+    refused(tiny_model(), "ends in .onnx", "a.pt")
+    gated = tiny_model()
+    gated.vit.blocks[0].mlp = timm.layers.SwiGLU(32, 64)
+    refused(gated, "SwiGLU")
+    relu = tiny_model()
+    relu.vit.blocks[1].mlp.act = torch.nn.ReLU()
+    refused(relu, "ReLU")
+    refused(tiny_model(global_pool="max"), "pooling")
+    (tmp_path / "file").write_text("")
+    refused(tiny_model(), "cannot be written", "file/a.onnx")
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", 0.9), ("center", 1.0), ("squash", 0.875)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_runner_prepares_images_as_timm_does(crop_mode, crop_pct, interpolation):
+    from dataclasses import asdict
+
+    from scripts.run_onnx import preprocess
+
+    how = Preprocessing((3, 56, 56), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), interpolation, crop_pct, crop_mode)
+    generator = np.random.default_rng(0)
+    for size in ((80, 61), (57, 90), (200, 200)):
+        image = Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+        expected = how.eval_transform()(image).numpy()
+        np.testing.assert_allclose(preprocess(image, asdict(how)), expected, atol=1e-5)
