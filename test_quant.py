@@ -19,7 +19,7 @@ from quant.sensitivity import save_sensitivity, sensitivity
 from utils.cli import Parser, add_common_arguments, positive, rate
 from utils.data import limited, load_split, loader, random_subset
 from utils.device import device_name, pick_dtype, seed_all, versions
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
 from utils.pictures import save_image_grid, save_loss_curve
 from utils.ranks import process_group, rank, rank_zero_first
@@ -144,12 +144,13 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         "calibration_seconds": round(calibration_seconds, 3),
         "versions": versions(),
     }
+    if args.sensitivity:
+        report["sensitivity"] = sensitivity(vit, images, how)
     if rank() == 0:
         save_pictures(model, vit, images, output)
         if args.export:
             report["export"] |= export_report(args, report, vit, model)
         if args.sensitivity:
-            report["sensitivity"] = sensitivity(vit, images, how)
             write_json(output / "sensitivity.json", report["sensitivity"])
             save_sensitivity(output / "sensitivity.png", report["sensitivity"])
         write_json(output / "report.json", report)
@@ -160,6 +161,8 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
 def check_outcome(args: argparse.Namespace, config: QuantConfig, model: LoadedModel) -> None:
     """Raise `UserError`, before anything is computed, for a model that cannot be quantized, saved or exported so."""
     check_model(SparseViT(model.vit), config)
+    if args.sensitivity and config.w_bit == config.a_bit == 32:
+        raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
     if args.save:
         writable_folder(args.save, "--save")
     if args.export:

@@ -15,6 +15,7 @@ from quant.config import QuantConfig
 from quant.insert import places
 from quant.observers import OBSERVERS
 from utils.pictures import save_figure
+from utils.ranks import rank
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig) -> li
     widths = config.widths(names, len(vit.blocks))
     expected = _log_probabilities(reference, images, config.batch_size)
     rows = []
-    for name in tqdm(names, desc="sensitivity", unit="layer"):
+    for name in tqdm(names, desc="sensitivity", unit="layer", disable=rank() > 0):
         original = reference.get_submodule(name)
         reference.set_submodule(name, quantized.get_submodule(name))
         found = _log_probabilities(reference, images, config.batch_size)

@@ -10,6 +10,7 @@ from PIL import Image
 import test_quant
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
+from quant import QuantConfig, load_quantized
 from scripts import compare, figure_pipeline, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
@@ -44,6 +45,19 @@ def test_quantization_end_to_end_on_the_bundled_model(tmp_path, quick, mode):
     else:
         assert not (tmp_path / "pool").exists()
     assert Image.open(tmp_path / "out" / "images.png").size[0] > 300
+
+
+def test_low_bits_with_everything_that_mends_them(tmp_path, quick):
+    flags = ["--w_bit", "4", "--a_bit", "4", "--observer", "auto", "--keep", "first,head", "--bias_correction"]
+    flags += ["--reconstruct", "--reconstruct_steps", "10", "--sensitivity", "--save", str(tmp_path / "saved")]
+    report = test_quant.main([*quick, *flags, "--mode", "2"])
+    assert report["quant"]["top1"] >= 70  # four images, ten steps
+    assert report["quantization"]["method"] == "repq"
+    rows = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    assert rows == report["sensitivity"]
+    assert {"patch_proj", "head.head", "blocks.5.mlp.fc2", "blocks.0.tap_probs"} <= {row["layer"] for row in rows}
+    assert Image.open(tmp_path / "out" / "sensitivity.png").size[0] > 400
+    assert load_quantized(tmp_path / "saved").num_classes == 10
 
 
 def test_a_second_run_takes_the_pool_as_it_is_and_reports_what_it_cost(tmp_path, quick):
@@ -85,6 +99,7 @@ def test_defaults_are_the_published_ones():
     assert config.weights == {"oh": 1, "tv1": 0, "tv2": 1e-4, "l2": 0, "bn": 0}
     assert (config.strategy, config.importance, config.betas) == ("dense", "cls", (0.5, 0.99))
     assert args.datapool == "./datapool"
+    assert test_quant.quant_config(args) == QuantConfig(8, 8, "minmax", reconstruct=False, bias_correction=False)
 
 
 SCRIPTS = [
@@ -134,6 +149,13 @@ WRONG = [
     wrong(["--prune_it", "5", "10", "--prune_ratio", "0.98", "0.5"], "leaves none"),
     wrong(["--w_bit", "1"], "--w_bit 1"),
     wrong(["--a_bit", "9"], "--a_bit 9"),
+    wrong(["--observer", "median"], "--observer"),
+    wrong(["--observer", "repq", "--a_bit", "32"], "--observer repq", "--a_bit 32"),
+    wrong(["--reconstruct", "--w_bit", "32"], "--reconstruct"),
+    wrong(["--reconstruct_seconds", "0"], "--reconstruct_seconds"),
+    wrong(["--w_bit", "4", "--keep", "first,nose"], "--keep nose"),
+    wrong(["--sensitivity", "--w_bit", "32", "--a_bit", "32"], "--sensitivity"),
+    wrong(["--save", "/proc/nowhere"], "--save", "cannot be written"),
     wrong(["--model", "deit_tinny_16_imagenet"], "deit_tiny_16_imagenet"),
     wrong(["--model", "deit_tiny_16_cifar10", "--model_path", "/nowhere.pth"], "/nowhere.pth"),
     wrong(["--dataset", "/nowhere"], "/nowhere"),
@@ -212,6 +234,16 @@ def test_compare_keeps_finished_cells(tmp_path, capsys):
     assert {line["prior"] for line in lines} == {"", "deepinversion", "cmi"}
     for picture in ("accuracy.png", "images.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 400
+
+
+def test_flags_of_quantization_go_through_compare(tmp_path):
+    flags = ["--baselines", "real", "--strategies", "--bits", "4/4", "--val_limit", "60", "--calib-batchsize", "8"]
+    flags += ["--output", str(tmp_path)]
+    plain, repq = (compare.main([*flags, "--observer", observer])[0]["top1"] for observer in ("minmax", "repq"))
+    assert repq > plain
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="--keep nose"):
+        compare.main([*flags, "--keep", "nose"])
 
 
 def test_compare_refuses_what_it_varies_and_flags_of_nothing(tmp_path):
