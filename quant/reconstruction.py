@@ -8,7 +8,9 @@ al., ICLR 2022). Only kept patches are fed.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -117,48 +119,52 @@ def _reconstruct_stage(
     inputs, quantized_inputs = _joined(stage.inputs), _joined(stage.quantized_inputs)
     with torch.no_grad():
         target = torch.cat([stage.run(reference, *batch) for batch in stage.inputs])
-    originals, layers, learned = quantized_layers(reference), [], []
+    start = time.monotonic()
+    with _learning(stage, reference, quantized, generator) as (roundings, scales):
+        groups = [([rounding.raised for rounding in roundings], ROUNDING_LR), (scales, SCALE_LR)]
+        optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in groups if params])
+        for step in range(config.reconstruct_steps):
+            progress = step / config.reconstruct_steps
+            if seconds is not None:
+                progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
+            if progress >= 1:
+                break
+            chosen = torch.randperm(len(target), generator=generator, device=target.device)[:STEP_IMAGES]
+            mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
+            error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
+            loss = error
+            if progress > WARM_UP:
+                power = 2 + 18 * (1 - progress) / (1 - WARM_UP)
+                loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
+
+
+@contextlib.contextmanager
+def _learning(
+    stage: Stage, reference: SparseViT, quantized: SparseViT, generator: torch.Generator
+) -> Iterator[tuple[list[AdaptiveRounding], list[nn.Parameter]]]:
+    """Put what can be learned in the place of the stage's layers and quantizers; at the end, what was learned."""
+    originals, layers, learned = quantized_layers(reference), [], {}
     for name, layer in quantized_layers(quantized).items():
         if stage.owns(name) and layer.weight_scale is not None:
-            linear, layer.linear = layer.linear, AdaptiveRounding(layer, originals[name].linear.weight)
-            layers.append((layer, linear))
+            layers.append((layer, layer.linear))
+            layer.linear = AdaptiveRounding(layer, originals[name].linear.weight)
     for name, quantizer in quantizers(quantized).items():
         if stage.owns(name):
-            learned.append((name, LearnedQuantizer(quantizer, generator)))
-            quantized.set_submodule(name, learned[-1][1])
-    roundings = [layer.linear for layer, _ in layers]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [rounding.raised for rounding in roundings], "lr": ROUNDING_LR},
-            {"params": [quantizer.log_scale for _, quantizer in learned], "lr": SCALE_LR},
-        ]
-    )
-    start, count = time.monotonic(), len(target)
-    for step in range(config.reconstruct_steps):
-        progress = step / config.reconstruct_steps
-        if seconds is not None:
-            progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
-        if progress >= 1:
-            break
-        chosen = torch.randperm(count, generator=generator, device=target.device)[:STEP_IMAGES]
-        mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
-        error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
-        loss = error
-        if progress > WARM_UP:
-            power = 2 + 18 * (1 - (progress - WARM_UP) / (1 - WARM_UP))
-            loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        bar.update()
-        bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
+            learned[name] = LearnedQuantizer(quantizer, generator)
+            quantized.set_submodule(name, learned[name])
+    scales = [one.log_scale for one in learned.values() if isinstance(one.quantizer, ActivationQuantizer)]
+    yield [layer.linear for layer, _ in layers], scales
     with torch.no_grad():
         for layer, linear in layers:
-            rounding = layer.linear
-            linear.weight.copy_(rounding.weight((rounding.raised >= 0).float()))
+            linear.weight.copy_(layer.linear.weight((layer.linear.raised >= 0).float()))
             layer.linear = linear
-        for name, quantizer in learned:
-            quantized.set_submodule(name, quantizer.learned())
+        for name, one in learned.items():
+            quantized.set_submodule(name, one.learned())
 
 
 def _joined(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
