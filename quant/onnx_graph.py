@@ -45,6 +45,8 @@ def require_exportable(vit: SparseViT) -> None:
         for scale in (block.ls1, block.ls2):
             if not isinstance(scale, LayerScale | nn.Identity):
                 refuse(f"the scale {type(scale).__name__}")
+    if 4 * sum(parameter.numel() for parameter in vit.parameters()) >= 2**31:
+        refuse("a model of 2 GB or more")
     if vit.head.attn_pool is not None or vit.head.pool_type not in ("token", "avg"):
         refuse("a pooling other than the class token's and the mean")
 
@@ -154,14 +156,14 @@ class Graph:
         x, bias = self.quantized(x, layer.quantizer), layer.linear.bias
         if layer.weight_scale is None:
             return self.linear(x, layer.linear, result)
-        integers = layer.integers()
-        # A row of zeros may have any scale; one keeps its bias within 32 bits.
-        scale = torch.where(integers.any(dim=1), layer.weight_scale, 1.0)
-        weight = self.weight(integers.t().contiguous().numpy(), layer.w_bit)
-        zero = self.constant(torch.zeros(len(scale)), np.int8)
-        weight = self.op("DequantizeLinear", weight, self.constant(scale), zero, axis=1)
-        biases = [] if bias is None else [self.bias(bias, scale, layer.quantizer)]
-        return self.op("Gemm", x, weight, *biases, result=result)
+        weight = self.weight(layer.integers().t().contiguous().numpy(), layer.w_bit)
+        # The zero points say nothing, but without them the runtime makes no integer product.
+        zero_points = self.constant(torch.zeros(len(layer.weight_scale)), np.int8)
+        weight = self.op("DequantizeLinear", weight, self.constant(layer.weight_scale), zero_points, axis=1)
+        if bias is None:
+            return self.op("Gemm", x, weight, result=result)
+        # An integer product would take its bias rounded to its own units; added behind it, it is exact.
+        return self.op("Add", self.op("Gemm", x, weight), self.constant(bias), result=result)
 
     def weight(self, integers: np.ndarray, bits: int) -> str:
         """Integers (in, out) as int8; as int4 in the file where they fit, which the runtime unpacks when it loads."""
@@ -174,21 +176,10 @@ class Graph:
         self.initializers.append(helper.make_tensor(name, TensorProto.INT4, integers.shape, packed, raw=True))
         return self.op("Cast", name, to=TensorProto.INT8)
 
-    def bias(self, bias: Tensor, weight_scale: Tensor, quantizer: nn.Module) -> str:
-        """A bias (out,) in 32-bit units of the product, as an integer Gemm wants it; as it is behind float inputs."""
-        if not isinstance(quantizer, ActivationQuantizer):
-            return self.constant(bias)
-        scale = weight_scale * quantizer.scale
-        integers = (bias.double() / scale.double()).round()
-        if integers.abs().max() >= 2**31:
-            return self.constant(bias)
-        zero = self.constant(torch.zeros(len(scale)), np.int32)
-        return self.op("DequantizeLinear", self.constant(integers, np.int32), self.constant(scale), zero, axis=0)
-
 
 def _write(graph: Graph, vit: SparseViT) -> None:
     """Images -> logits."""
-    grid, width = vit.grid, vit.cls_token.shape[-1] if vit.cls_token is not None else vit.pos_embed.shape[-1]
+    grid, width = vit.grid, vit.blocks[0].norm1.normalized_shape[-1]
     x = graph.reshape(INPUT, -1, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
     x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
     x = graph.norm(graph.linear(graph.reshape(x, -1, grid.pixels), vit.patch_proj), vit.patch_norm)
