@@ -61,6 +61,7 @@ def parser() -> Parser:
     add("--eval_every", type=positive, default=1, help="epochs between two evaluations")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the student; sgd has momentum 0.9")
     add("--lr", type=rate, default=0.1, help="learning rate of the student")
+    add("--kd_lr_schedule", choices=("constant", "cosine"), default="constant", help="of --lr, over all epochs")
     add("--temperature", type=rate, default=20.0, help="of the soft targets; logits are divided by it")
     add("--augment", nargs="*", choices=AUGMENTATIONS, default=["flip", "shift"], help="changes of the images")
     add("--tensorboard", action="store_true", help="write the course of the inversion to OUTPUT/tensorboard")
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         temperature=args.temperature,
         optimizer=args.optimizer,
         lr=args.lr,
+        decay_steps=args.epochs * args.kd_steps if args.kd_lr_schedule == "cosine" else None,
         augment=args.augment,
         seed=args.seed,
     )

@@ -52,12 +52,27 @@ def contrast(images: SparseImages, grid: PatchGrid, generator: Generator) -> Spa
     return SparseImages(images.patches * factor + offset, images.positions, images.labels)
 
 
+def scatter(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Put the patches of each image at grid positions drawn at random, none twice."""
+    order = torch.rand(len(images), grid.count, generator=generator).argsort(dim=1)
+    return SparseImages(images.patches, order[:, : images.positions.shape[1]], images.labels)
+
+
+def noise(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Add normal noise to the normalized pixels of each image, its standard deviation from U(0, 2)."""
+    deviation = 2 * torch.rand(len(images), 1, 1, 1, 1, generator=generator)
+    pixels = torch.randn(images.patches.shape, generator=generator)
+    return SparseImages(images.patches + deviation * pixels, images.positions, images.labels)
+
+
 AUGMENTATIONS: dict[str, Augmentation] = {
     "flip": flip,
     "shift": shift,
     "mix": mix,
     "grey": grey,
     "contrast": contrast,
+    "scatter": scatter,
+    "noise": noise,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class Distiller:
         temperature: of the soft targets.
         optimizer: `sgd` (momentum 0.9) or `adamw`.
         lr: its learning rate; weight decay is 1e-4.
+        decay_steps: the learning rate falls to zero over so many steps, along half a cosine; None keeps it.
         augment: names of `AUGMENTATIONS`.
         seed: of the batches and the augmentation.
 
@@ -59,6 +61,7 @@ class Distiller:
         temperature: float = 20.0,
         optimizer: str = "sgd",
         lr: float = 0.1,
+        decay_steps: int | None = None,
         augment: Sequence[str] = ("flip", "shift"),
         seed: int = 42,
     ) -> None:
@@ -73,6 +76,7 @@ class Distiller:
             self.optimizer = torch.optim.SGD(learning, lr=lr, momentum=0.9, weight_decay=1e-4)
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=lr, weight_decay=1e-4)
+        self.lr, self.decay_steps, self.steps = lr, decay_steps, 0
         self.generator = torch.Generator().manual_seed(seed)
 
     def run(self, images: SparseImages, steps: int) -> float:
@@ -102,9 +106,14 @@ class Distiller:
         with torch.no_grad():
             target = self.teacher(patches, positions).logits
         loss = distillation_loss(self.model(patches, positions).logits, target, self.temperature)
+        if self.decay_steps is not None:
+            done = min(self.steps / self.decay_steps, 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.steps += 1
         return loss.detach()
 
     def weights(self) -> dict[str, Tensor]:
@@ -116,6 +125,7 @@ class Distiller:
         return {
             "student": self.weights(),
             "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
             "random": self.generator.get_state(),
         }
 
@@ -123,4 +133,5 @@ class Distiller:
         """Go on from what `state_dict` gave."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
         self.generator.set_state(state["random"])

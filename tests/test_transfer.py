@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -83,6 +84,28 @@ def test_shift_rolls_by_whole_patches():
         for a, b in zip(moved, whole(images), strict=True)
     }
     assert len(found) == 9
+
+
+def test_scattered_patches_keep_their_pixels_and_never_meet():
+    images = kept_images()
+    scattered = AUGMENTATIONS["scatter"](images, GRID, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(scattered.patches, images.patches)
+    assert not torch.equal(scattered.positions, images.positions)
+    for row in scattered.positions.tolist():
+        assert len(set(row)) == len(row) and set(row) <= set(range(GRID.count))
+
+
+def test_the_learning_rate_falls_to_zero_over_all_steps():
+    teacher = load_model("deit_nano_4_digits")
+    student = load_student(teacher, None, None, "scratch", "linear")
+    distiller = Distiller(teacher, student, CPU, batch_size=4, lr=0.2, decay_steps=4, augment=())
+    positions = torch.arange(10).expand(4, 10)
+    nano, rates = SparseImages(torch.randn(4, 10, 3, 4, 4), positions, torch.zeros(4).long()), []
+    for _ in range(4):
+        distiller.run(nano, 1)
+        rates.append(distiller.optimizer.param_groups[0]["lr"])
+    expected = [0.2 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -206,7 +229,7 @@ def test_other_flags_in_the_same_output_are_refused(tmp_path):
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
-    arguments = [*FAST, *SCRATCH, "--epochs", 6]
+    arguments = [*FAST, *SCRATCH, "--epochs", 6, "--kd_lr_schedule", "cosine"]
 
     def command(name: str) -> list[str]:
         return list(map(str, [*arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name]))
