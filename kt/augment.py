@@ -53,14 +53,16 @@ def contrast(images: SparseImages, grid: PatchGrid, generator: Generator) -> Spa
 
 
 def scatter(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
-    """Put the patches of each image at grid positions drawn at random, none twice."""
-    order = torch.rand(len(images), grid.count, generator=generator).argsort(dim=1)
-    return SparseImages(images.patches, order[:, : images.positions.shape[1]], images.labels)
+    """Put the patches of half of the images at grid positions drawn at random, none twice."""
+    chosen = torch.randint(0, 2, (len(images), 1), generator=generator).bool()
+    anywhere = torch.rand(len(images), grid.count, generator=generator).argsort(dim=1)
+    positions = torch.where(chosen, anywhere[:, : images.positions.shape[1]], images.positions)
+    return SparseImages(images.patches, positions, images.labels)
 
 
 def noise(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
-    """Add normal noise to the normalized pixels of each image, its standard deviation from U(0, 2)."""
-    deviation = 2 * torch.rand(len(images), 1, 1, 1, 1, generator=generator)
+    """Add normal noise to the normalized pixels of each image, its standard deviation from U(0, 1)."""
+    deviation = torch.rand(len(images), 1, 1, 1, 1, generator=generator)
     pixels = torch.randn(images.patches.shape, generator=generator)
     return SparseImages(images.patches + deviation * pixels, images.positions, images.labels)
 

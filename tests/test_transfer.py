@@ -87,17 +87,18 @@ def test_shift_rolls_by_whole_patches():
 
 
 def test_scattered_patches_keep_their_pixels_and_never_meet():
-    images = kept_images()
+    images = kept_images(20)
     scattered = AUGMENTATIONS["scatter"](images, GRID, torch.Generator().manual_seed(1))
     torch.testing.assert_close(scattered.patches, images.patches)
-    assert not torch.equal(scattered.positions, images.positions)
+    moved = (scattered.positions != images.positions).any(dim=1).sum()
+    assert 4 < moved < 16  # about half of them
     for row in scattered.positions.tolist():
         assert len(set(row)) == len(row) and set(row) <= set(range(GRID.count))
 
 
 def test_the_learning_rate_falls_to_zero_over_all_steps():
     teacher = load_model("deit_nano_4_digits")
-    student = load_student(teacher, None, None, "scratch", "linear")
+    student = load_student(teacher, None, None, "scratch", "full")
     distiller = Distiller(teacher, student, CPU, batch_size=4, lr=0.2, decay_steps=4, augment=())
     positions = torch.arange(10).expand(4, 10)
     nano, rates = SparseImages(torch.randn(4, 10, 3, 4, 4), positions, torch.zeros(4).long()), []
