@@ -45,6 +45,8 @@ from utils.files import writable_folder, write_json
 # Flags of test_quant.py that no result depends on, and those that a grid runs over.
 NOT_CELL = ("output", "datapool", "device", "gpu", "num_workers", "val_batchsize", "w_bit", "a_bit", "tensorboard")
 VARIED = {"--model", "--mode", "--seed", "--w_bit", "--a_bit", "--prior", "--strategy", "--output"}
+# Those whose outcome is a file of one quantized model.
+ONE_MODEL = {"--export", "--save", "--sensitivity"}
 
 
 def bits(text: str) -> tuple[int, int]:
@@ -67,9 +69,11 @@ def parse_arguments(
     )
     parser.add_argument("--output", metavar="DIR", default=output, help="where everything goes")
     args, others = parser.parse_known_args(argv)
-    taken = VARIED & {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in others}
-    if taken:
-        raise UserError(f"{sorted(taken)[0]} is what this script varies; see --help")
+    given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in others}
+    if given & VARIED:
+        raise UserError(f"{sorted(given & VARIED)[0]} is what this script varies; see --help")
+    if given & ONE_MODEL:
+        raise UserError(f"{sorted(given & ONE_MODEL)[0]} is for one model; give it to test_quant.py")
     for w_bit, a_bit in args.bits:
         check_bits(w_bit, a_bit)
     return args, others
@@ -95,6 +99,20 @@ class Bench:
         """What test_quant.py would calibrate with."""
         count = args.num_images or args.calib_batchsize
         return calibration_images(self.model, self.config(args), args, count, self.device, folder)
+
+    def sources(
+        self, args: argparse.Namespace, others: list[str], output: Path
+    ) -> tuple[dict[str, list[SparseImages]], argparse.Namespace]:
+        """The images of every method that `args` asks for, one entry per seed, and flags of test_quant.py for them."""
+        found: dict[str, list[SparseImages]] = {}
+        for method in methods(args):
+            for seed in args.seeds:
+                run = test_quant.parser().parse_args(
+                    [*others, "--model", self.name, "--seed", str(seed), *method.flags]
+                )
+                folder = writable_folder(output / f"{method.name}-s{seed}", "--output")
+                found.setdefault(method.name, []).append(self.images(run, folder)[0])
+        return found, run
 
     def full_precision(self, rows: Rows) -> float:
         """Top-1 of the model as it is."""

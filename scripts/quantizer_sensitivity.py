@@ -12,11 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch import nn
 
 import test_quant
-from models import DEFAULT_MODEL, SparseImages, SparseViT
+from models import DEFAULT_MODEL, SparseViT
 from quant import evaluate, quantize
 from quant.insert import quantizers
 from scripts import compare
-from scripts.comparison import methods
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.report import table
@@ -52,12 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args, others = compare.parse_arguments(argv, __doc__, "./runs/sensitivity")
     output, name = writable_folder(args.output, "--output"), (args.models or [DEFAULT_MODEL])[0]
     bench = compare.Bench(name, test_quant.parser().parse_args([*others, "--model", name]))
-    sources: dict[str, list[SparseImages]] = {}
-    for method in methods(args):
-        for seed in args.seeds:
-            run = test_quant.parser().parse_args([*others, "--model", name, "--seed", str(seed), *method.flags])
-            folder = writable_folder(output / f"{method.name}-s{seed}", "--output")
-            sources.setdefault(method.name, []).append(bench.images(run, folder)[0])
+    sources, run = bench.sources(args, others, output)
     rows = []
     for w_bit, a_bit in args.bits:
         config = test_quant.quant_config(run, w_bit, a_bit)

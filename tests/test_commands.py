@@ -11,7 +11,7 @@ import test_quant
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
-from scripts import compare, figure_pipeline, quantizer_sensitivity
+from scripts import activation_ranges, compare, figure_pipeline, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -267,6 +267,17 @@ def test_sensitivity_leaves_quantizers_out(tmp_path):
     rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
     assert rows["every activation"] > 90
     assert rows["every activation"] > rows["residual sums"] > rows["nothing"]
+
+
+def test_ranges_of_noise_are_held_against_those_of_real_images(tmp_path):
+    flags = ["--strategies", "--bits", "8/8", "--observer", "repq", "--val_limit", "8", "--output", str(tmp_path)]
+    rows = {row["place"]: row for row in activation_ranges.main(flags)}
+    assert all(row["real"] == 1 for row in rows.values())
+    assert rows["patch_proj.quantizer"]["gaussian"] > 1.5  # pixels of real images are bounded
+    assert {f"blocks.{i}.tap_q" for i in range(6)} < rows.keys()
+    assert Image.open(tmp_path / "ranges.png").size[0] > 400
+    with pytest.raises(UserError, match="real"):
+        activation_ranges.main([*flags, "--baselines", "gaussian"])
 
 
 def test_pipeline_figure_of_a_pool_with_snapshots(tmp_path):
