@@ -50,8 +50,8 @@ def test_quantization_end_to_end_on_the_bundled_model(tmp_path, quick, mode):
 def test_low_bits_with_everything_that_mends_them(tmp_path, quick):
     flags = ["--w_bit", "4", "--a_bit", "4", "--observer", "auto", "--keep", "first,head", "--bias_correction"]
     flags += ["--reconstruct", "--reconstruct_steps", "10", "--sensitivity", "--save", str(tmp_path / "saved")]
-    report = test_quant.main([*quick, *flags, "--mode", "2"])
-    assert report["quant"]["top1"] >= 70  # four images, ten steps
+    report = test_quant.main([*quick, *flags, "--mode", "2", "--num_images", "32"])
+    assert report["quant"]["top1"] >= 90
     assert report["quantization"]["method"] == "repq"
     rows = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert rows == report["sensitivity"]
@@ -260,13 +260,13 @@ def test_sensitivity_leaves_quantizers_out(tmp_path):
         "--bits",
         "32/4",
         "--val_limit",
-        "40",
+        "120",
         "--output",
         str(tmp_path),
     ]
     rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
     assert rows["every activation"] > 90
-    assert rows["every activation"] > rows["residual sums"] > rows["nothing"]
+    assert rows["residual sums"] > rows["nothing"] + 2
 
 
 def test_ranges_of_noise_are_held_against_those_of_real_images(tmp_path):
