@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import SparseImages, SparseViT
+from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
 from quant import QuantConfig, quantize
 from quant.calibration import calibrated
 from quant.insert import quantizers
@@ -20,6 +20,7 @@ from quant.quantizers import (
     round_weight,
 )
 from quant.reparameterization import norm_sites, reparameterize
+from test_quant import real_images
 from tests.conftest import tiny_vit
 from utils.errors import UserError
 
@@ -168,17 +169,17 @@ def test_at_eight_bits_every_observer_stays_near(options):
             assert 0 < error.abs().max() < 0.15 * expected.abs().max(), observer
 
 
-def test_ranges_by_least_error_are_nearer_than_min_max_at_four_bits(vit):
-    patches = heavy_tailed(8, 16, 3, 8, 8)
-    images = SparseImages(patches, vit.grid.all_positions(8), torch.zeros(8))
+def test_ranges_by_least_error_are_nearer_than_min_max_at_four_bits():
+    model = load_model(DEFAULT_MODEL)
+    vit, images = SparseViT(model.vit), real_images(model, None, 32, seed=0)
     with torch.no_grad():
         expected = vit(images.patches, images.positions).logits
         errors = {
             name: (quantize(vit, images, QuantConfig(4, 4, name))(images.patches, images.positions).logits - expected)
             for name in OBSERVERS
         }
-    assert errors["mse"].norm() < errors["minmax"].norm()
-    assert errors["repq"].norm() < errors["minmax"].norm()
+    assert errors["mse"].norm() < 0.8 * errors["minmax"].norm()
+    assert errors["repq"].norm() < 0.8 * errors["minmax"].norm()
 
 
 def test_what_is_quantized_besides_linear_inputs(vit, images):
