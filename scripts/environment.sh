@@ -11,8 +11,8 @@ fi
 [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv || exit 1
 # The marker holds what was installed, so an unchanged environment starts at once.
 marker=.venv/installed-$(basename "$requirements")
-if ! cat requirements.txt "$requirements" | cmp -s - "$marker"; then
+if ! cat requirements*.txt | cmp -s - "$marker"; then
     echo "installing $requirements into .venv (PyTorch is several GB; about a minute or two)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 1
-    cat requirements.txt "$requirements" >"$marker"
+    cat requirements*.txt >"$marker"
 fi
