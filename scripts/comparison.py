@@ -182,7 +182,7 @@ def write_results(output: Path, rows: Sequence[dict], summary: Sequence[dict], c
 def save_accuracy(path: Path, summary: Sequence[dict], column: str) -> None:
     """Top-1 against seconds of synthesis, a panel for each model and value of `column`; baselines are lines."""
     panels = list(dict.fromkeys((row["model"], row[column]) for row in summary))
-    figure = Figure(figsize=(4.6 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels) + 1, 4), layout="constrained")
     strategies = list(dict.fromkeys(row["strategy"] for row in summary if row["prior"]))
     priors = list(dict.fromkeys(row["prior"] for row in summary if row["prior"]))
     for number, (model, value) in enumerate(panels, start=1):
@@ -204,7 +204,8 @@ def save_accuracy(path: Path, summary: Sequence[dict], column: str) -> None:
                 )
         axes.set(xlabel="seconds of synthesis", ylabel="top-1, %", xscale="log")
         axes.set_title(f"{model.rstrip('/').split('/')[-1]}, {value}", fontsize="medium")
-        axes.legend(fontsize="x-small")
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize="x-small")
     save_figure(path, figure)
 
 
