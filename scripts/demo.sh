@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the bundled model, from nothing but Python and bash: set up, invert, quantize, compare.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements.txt
 schedule=(--prune_it 50 100 200 300 --prune_ratio 0.3 0.3 0.3 0.3)
 images=(--iterations 500 --tv2 0.02 --observer repq)
 echo "== test_quant.py: images from the model alone, then 4-bit weights and activations"

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: goes to the repository's root, makes or reuses .venv there, installs what is needed.
-# Usage: source scripts/environment.sh [requirements file]; honours PYTHON, the interpreter to make .venv with.
+# Usage: source scripts/environment.sh REQUIREMENTS; honours PYTHON, the interpreter to make .venv with.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-requirements=${1:-requirements.txt}
+requirements=$1
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "error: Python 3.10 or newer is needed; set PYTHON to one" >&2

@@ -4,7 +4,7 @@
 # DATASET: folder with cifar10/ and cifar100/, image folders or torchvision's roots. MODEL_PATH: folder with NAME.pth.
 #   bash scripts/paper_kt.sh --tiny        # the same grid on the bundled pair, in minutes
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements.txt
 grid=(--strategies dense smi pri --students linear)
 if [ "${1:-}" = --tiny ]; then
     shift

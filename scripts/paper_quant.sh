@@ -4,7 +4,7 @@
 # DATASET: image folder with train/ and val/. MODEL_PATH: folder with NAME.pth; without it timm downloads the weights.
 #   bash scripts/paper_quant.sh --tiny     # the same grid on the bundled model, in minutes
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements.txt
 if [ "${1:-}" = --tiny ]; then
     shift
     what=(--iterations 300 --tv2 0.02 --seeds 0 1 2 --datapool runs/paper_quant_tiny/datapool --output runs/paper_quant_tiny)
