@@ -9,7 +9,7 @@ grid=(--strategies dense smi pri --students linear)
 if [ "${1:-}" = --tiny ]; then
     shift
     .venv/bin/python scripts/compare_kt.py "${grid[@]}" --seeds 0 1 2 --epochs 4 --images_per_epoch 100 --kd_steps 100 \
-        --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 --augment contrast grey mix shift \
+        --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 --kd_lr_schedule cosine --augment contrast grey mix shift scatter noise \
         --datapool runs/paper_kt_tiny/datapool --output runs/paper_kt_tiny "$@"
 else
     : "${DATASET:?give DATASET=, a folder with cifar10/ and cifar100/ (or --tiny)}"

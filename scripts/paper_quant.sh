@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 if [ "${1:-}" = --tiny ]; then
     shift
-    what=(--iterations 300 --tv2 0.02 --seeds 0 1 2 --datapool runs/paper_quant_tiny/datapool --output runs/paper_quant_tiny)
+    what=(--iterations 300 --tv2 0.02 --prune_it 30 60 120 180 --seeds 0 1 2 --datapool runs/paper_quant_tiny/datapool --output runs/paper_quant_tiny)
 else
     : "${DATASET:?give DATASET=, a folder with train/ and val/ of ImageNet (or --tiny)}"
     what=(--models deit_tiny_16_imagenet deit_base_16_imagenet --dataset "$DATASET"
