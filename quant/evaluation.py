@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import SparseViT
+from quant.integers import with_integer_products
 from utils.ranks import rank, summed
 
 
@@ -21,7 +22,7 @@ def evaluate(
     quiet: bool = False,
     agreement_with: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate every model on the same batches.
+    """Evaluate every model on the same batches; quantized layers by integer products where the CPU has them.
 
     Args:
         models: name -> model, in float32 on `device`.
@@ -34,6 +35,7 @@ def evaluate(
         name -> `top1` and `top5` in per cent, `loss` (mean cross-entropy), `images`, and `agreement` with that model:
         per cent of the images that both put in the same class.
     """
+    models = {name: with_integer_products(model) for name, model in models.items()}
     sums = {name: [0.0, 0.0, 0.0, 0.0] for name in models}
     images_seen = 0
     for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet or rank() > 0):

@@ -6,8 +6,9 @@ import torch
 from models import SparseImages, SparseViT
 from quant import calibrate, evaluate
 from quant.insert import QuantizedLinear, quantizers
+from quant.integers import IntegerLinear, with_integer_products
 from quant.observers import MinMaxObserver
-from quant.quantizers import ActivationQuantizer, quantized_weight
+from quant.quantizers import ActivationQuantizer, largest_value_scale, quantized_weight
 from tests.conftest import tiny_vit
 from utils.errors import UserError
 
@@ -156,3 +157,23 @@ def test_evaluation_counts_top1_top5_and_loss(vit):
     assert result["top1"] == pytest.approx(100 * 3 / 7, abs=1e-3)
     assert result["top5"] == 100.0
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("a_bit", range(2, 9))
+@pytest.mark.parametrize("w_bit", [2, 4, 8])
+def test_an_integer_product_is_the_simulated_one(w_bit, a_bit):
+    linear = torch.nn.Linear(48, 20, bias=a_bit % 2 == 0)
+    x = torch.randn(3, 5, 48) * 4 - 1
+    quantizer = ActivationQuantizer(a_bit, MinMaxObserver())
+    quantizer(x[:2])  # the rest is clipped
+    quantizer.freeze()
+    layer = QuantizedLinear(linear, quantizer, w_bit, largest_value_scale(linear.weight, w_bit))
+    torch.testing.assert_close(IntegerLinear(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_integer_products_predicts_what_the_simulated_one_does(vit, images):
+    batch = torch.randn(64, 3, 32, 32)
+    quantized = calibrate(vit, images, 8, 8, "repq")
+    integer = with_integer_products(quantized)
+    assert with_integer_products(vit) is vit
+    assert (quantized.forward_images(batch).argmax(1) == integer.forward_images(batch).argmax(1)).float().mean() > 0.9

@@ -1,0 +1,60 @@
+"""Integer products in the place of simulated ones, for evaluation on CPUs that multiply bytes."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from models import SparseViT
+from quant.insert import QuantizedLinear, quantized_layers
+from quant.quantizers import ActivationQuantizer
+
+
+class IntegerLinear(nn.Module):
+    """What a `QuantizedLinear` computes, by one product of int8 codes summed exactly in int32.
+
+    s t (q - z) W + b, with codes q, zero point z, scale s, integer weights W and their scales t. Eight-bit codes are
+    shifted by 128 into int8; narrower ones fit as they are.
+    """
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        quantizer = layer.quantizer
+        self.offset = 128 if quantizer.bits == 8 else 0
+        self.high = quantizer.high - self.offset
+        self.inverse, self.zero_point = 1 / quantizer.scale, int(quantizer.zero_point) - self.offset
+        weight = layer.integers()
+        self.weight = weight.t()  # the layout that the product wants
+        self.out_scale = layer.weight_scale * quantizer.scale
+        bias = 0 if layer.linear.bias is None else layer.linear.bias.detach()
+        self.bias = bias - self.out_scale * (self.zero_point * weight.sum(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        codes = (rows * self.inverse).round_().add_(self.zero_point).clamp_(-self.offset, self.high).to(torch.int8)
+        out = torch._int_mm(codes, self.weight).float().mul_(self.out_scale).add_(self.bias)
+        return out.unflatten(0, x.shape[:-1])
+
+
+def with_integer_products(model: nn.Module) -> nn.Module:
+    """The same model with `IntegerLinear` layers where this CPU is fast at them, or `model` itself.
+
+    Sums of floats round, so an activation on the edge between two codes may fall to the other side; accuracies do not
+    differ by more than that. Inference only.
+    """
+    if not isinstance(model, SparseViT) or model.device.type != "cpu" or not torch.cpu._is_vnni_supported():
+        return model
+    found = [name for name, layer in quantized_layers(model).items() if _integer(layer)]
+    if not found:
+        return model
+    model = copy.deepcopy(model)
+    for name in found:
+        model.set_submodule(name, IntegerLinear(model.get_submodule(name)))
+    return model
+
+
+def _integer(layer: QuantizedLinear) -> bool:
+    """Whether both factors of its product are integers of at most 8 bits."""
+    return layer.weight_scale is not None and isinstance(layer.quantizer, ActivationQuantizer)
