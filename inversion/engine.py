@@ -298,8 +298,8 @@ class LossLog:
         self.device_losses[iteration] = loss
 
     def latest(self, done: int, wait: bool) -> float:
-        """The last loss that has arrived. Raises `UserError` if one of them is not finite."""
-        if wait:
+        """The last loss that has arrived, NaN before the first has. Raises `UserError` if one of them is not finite."""
+        if wait or self.device_losses.device.type == "cpu":
             self.host_losses.copy_(self.device_losses)
             self.seen = done
         arrived = self.host_losses[: self.seen]

@@ -116,7 +116,8 @@ def _lock(file: TextIO, pool: ImagePool) -> None:
 
 def _shown(bar: tqdm, offset: int):
     def show(progress: Progress) -> None:
-        bar.set_postfix(loss=f"{progress.loss:.4g}", patches=progress.patches, refresh=False)
+        loss = "?" if math.isnan(progress.loss) else f"{progress.loss:.4g}"
+        bar.set_postfix(loss=loss, patches=progress.patches, refresh=False)
         bar.update(offset + progress.iteration - bar.n)
 
     return show
