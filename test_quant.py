@@ -67,6 +67,11 @@ def add_quantization_arguments(parser: Parser) -> None:
         help="how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, as published, the "
         "others the factors of matrix products alone; auto: repq below 8 bits of activations, else mse",
     )
+    add(
+        "--fill",
+        action="store_true",
+        help="calibrate on full grids: the places of stopped patches get copies of the nearest kept one of their image",
+    )
     add("--keep", metavar="PARTS", help="first,last,head or parts of layers' names: these get at least 8 bits")
     add("--bias_correction", action="store_true", help="shift biases until every layer's mean output is as it was")
     add("--reconstruct", action="store_true", help="learn rounding and ranges, block by block, on the images")
@@ -83,6 +88,7 @@ def quant_config(args: argparse.Namespace, w_bit: int | None = None, a_bit: int 
         w_bit=args.w_bit if w_bit is None else w_bit,
         a_bit=args.a_bit if a_bit is None else a_bit,
         observer=args.observer,
+        fill=args.fill,
         keep=tuple(part.strip() for part in args.keep.split(",")) if args.keep is not None else (),
         bias_correction=args.bias_correction,
         reconstruct=args.reconstruct,

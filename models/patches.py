@@ -83,6 +83,17 @@ class SparseImages:
         start = max(len(self) - count, 0)
         return SparseImages(self.patches[start:], self.positions[start:], self.labels[start:])
 
+    def filled(self, grid: PatchGrid) -> SparseImages:
+        """Full grids: every place that has no patch gets a copy of the nearest kept one of the same image."""
+        everywhere = grid.all_positions(len(self), self.positions.device)
+        rows, cols = (
+            (everywhere[:, :, None] // grid.cols - self.positions[:, None] // grid.cols),
+            (everywhere[:, :, None] % grid.cols - self.positions[:, None] % grid.cols),
+        )
+        nearest = (rows.square() + cols.square()).argmin(dim=2)
+        images = torch.arange(len(self), device=self.positions.device)[:, None]
+        return SparseImages(self.patches[images, nearest], everywhere, self.labels)
+
     def batches(self, size: int) -> list[SparseImages]:
         """The same images in batches of at most `size`."""
         parts = zip(self.patches.split(size), self.positions.split(size), self.labels.split(size), strict=True)

@@ -26,7 +26,8 @@ def calibrate(
 
 
 def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> SparseViT:
-    """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed.
+    """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed, or copies of
+    them in every place (`config.fill`).
 
     The weights are quantized first, so that the ranges are those of the model that will run. Several ranks divide the
     batches and end with the same ranges.
@@ -40,6 +41,7 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
         UserError: no images, more ranks than batches, `--keep` of a layer that is not there, or a model that the
             observer is not for.
     """
+    images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
     if config.reconstruct:
         reconstruct(reference, quantized, images, config)

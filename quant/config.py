@@ -25,7 +25,8 @@ class QuantConfig:
     """Everything that a quantized model depends on besides the model and the images.
 
     `w_bit`, `a_bit`: bits of weights and activations, 2 to 8, or 32 to leave them alone. `observer`: a key of
-    `OBSERVERS`, or `auto`. `keep`: layers that get at least 8 bits, see `kept`. `batch_size`: images a forward pass.
+    `OBSERVERS`, or `auto`. `fill`: calibrate on full grids, `SparseImages.filled`, instead of kept patches alone.
+    `keep`: layers that get at least 8 bits, see `kept`. `batch_size`: images a forward pass.
     `reconstruct_seconds`: time limit of the reconstruction, None for none.
 
     Raises `UserError` for values that cannot be, or not together.
@@ -34,6 +35,7 @@ class QuantConfig:
     w_bit: int = 8
     a_bit: int = 8
     observer: str = "minmax"
+    fill: bool = False
     keep: tuple[str, ...] = ()
     bias_correction: bool = False
     reconstruct: bool = False

@@ -27,6 +27,7 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig) -> li
         Kullback-Leibler divergence of the prediction from the full-precision one, in nats) and `changed` (per cent of
         the images that are classified otherwise).
     """
+    images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
     names = list(places(vit, OBSERVERS[config.method]))
     widths = config.widths(names, len(vit.blocks))

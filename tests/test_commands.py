@@ -11,7 +11,7 @@ import test_quant
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
-from scripts import activation_ranges, compare, figure_pipeline, quantizer_sensitivity
+from scripts import activation_ranges, compare, figure_pipeline, missing_patches, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -278,6 +278,17 @@ def test_ranges_of_noise_are_held_against_those_of_real_images(tmp_path):
     assert Image.open(tmp_path / "ranges.png").size[0] > 400
     with pytest.raises(UserError, match="real"):
         activation_ranges.main([*flags, "--baselines", "gaussian"])
+
+
+def test_missing_patches_of_real_images_cost_accuracy_at_low_widths(tmp_path):
+    flags = ["--patches", "64", "4", "--w_bit", "3", "--a_bit", "3", "--observer", "repq", "--output", str(tmp_path)]
+    whole, few = missing_patches.main(flags)
+    assert (whole["patches"], few["patches"]) == (64, 4)
+    assert whole["top1"] > few["top1"] + 2
+    filled = missing_patches.main([*flags, "--fill"])[1]
+    assert filled["top1"] > few["top1"] + 1
+    with pytest.raises(UserError, match="have 64"):
+        missing_patches.main([*flags, "--patches", "65"])
 
 
 def test_pipeline_figure_of_a_pool_with_snapshots(tmp_path):

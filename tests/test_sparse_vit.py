@@ -7,7 +7,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import SparseViT
+from models import PatchGrid, SparseImages, SparseViT
 from tests.conftest import randomize, tiny_vit
 from utils.errors import UserError
 
@@ -131,3 +131,25 @@ def test_flops_match_torch_counting_the_products():
             logits.sum().backward()
     assert forward.get_total_flops() == sparse.forward_flops(9)
     assert forward.get_total_flops() + backward.get_total_flops() == sparse.step_flops(9)
+
+
+def test_filled_places_hold_the_nearest_kept_patch_of_their_own_image():
+    grid = PatchGrid(3, 3, 2, 2, channels=1)
+    positions = torch.tensor([[0, 8], [2, 6]])
+    patches = torch.arange(4.0).view(2, 2, 1, 1, 1).expand(2, 2, 1, 2, 2)
+    filled = SparseImages(patches, positions, torch.tensor([7, 8])).filled(grid)
+    assert torch.equal(filled.positions, grid.all_positions(2))
+    assert torch.equal(filled.labels, torch.tensor([7, 8]))
+    shown = filled.patches[:, :, 0, 0, 0].view(2, 3, 3)
+    equally_far = -1
+    expected = torch.tensor([[[0, 0, -1], [0, -1, 1], [-1, 1, 1]], [[-1, 2, 2], [3, -1, 2], [3, 3, -1]]])
+    decided = expected != equally_far
+    assert torch.equal(shown[decided], expected[decided].float())
+    assert {*shown[0].unique().tolist()} == {0, 1}
+    assert {*shown[1].unique().tolist()} == {2, 3}
+
+
+def test_filling_leaves_whole_images_as_they_are():
+    grid = PatchGrid(2, 2, 4, 4)
+    whole = SparseImages.whole(grid, torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
+    assert torch.equal(whole.filled(grid).patches, whole.patches)

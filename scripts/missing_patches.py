@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""What missing patches alone cost: calibrate on real images of which only some patches, drawn at random, are left.
+
+Inverted images that keep as many patches are to be held against these. OUTPUT gets missing_patches.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import test_quant
+from models import SparseImages
+from quant import evaluate, quantize
+from scripts.compare import Bench
+from utils.cli import Parser, positive
+from utils.errors import UserError, run_main
+from utils.files import writable_folder, write_json
+from utils.report import table
+
+
+def thinned(images: SparseImages, count: int, generator: torch.Generator) -> SparseImages:
+    """The same images with `count` of their patches, another draw for each image."""
+    kept = torch.rand(images.positions.shape, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
+    rows = torch.arange(len(images))[:, None]
+    return SparseImages(images.patches[rows, kept], images.positions[rows, kept], images.labels)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Calibrate and evaluate once for every number of patches; print and write the table."""
+    parser = Parser(__doc__ + " Every other flag goes to test_quant.py.")
+    parser.add_argument("--patches", nargs="+", type=positive, required=True, metavar="N", help="patches that are left")
+    parser.add_argument("--output", metavar="DIR", default="./runs/missing_patches", help="where the table goes")
+    ours, others = parser.parse_known_args(argv)
+    args = test_quant.parser().parse_args([*others, "--mode", "2"])
+    config, output = test_quant.quant_config(args), writable_folder(ours.output, "--output")
+    bench = Bench(args.model, args)
+    if max(ours.patches) > bench.vit.grid.count:
+        raise UserError(f"--patches {max(ours.patches)}: images of this model have {bench.vit.grid.count}")
+    images, rows = bench.images(args, output)[0], []
+    for count in ours.patches:
+        sparse = thinned(images, count, torch.Generator().manual_seed(args.seed))
+        result = evaluate({"quant": quantize(bench.vit, sparse, config)}, bench.data, bench.device)["quant"]
+        rows.append({"patches": count, "calibration_images": len(images), **result})
+    write_json(output / "missing_patches.json", rows)
+    print(table(["patches", "top-1 %", "loss"], [[r["patches"], f"{r['top1']:.2f}", f"{r['loss']:.4f}"] for r in rows]))
+    return rows
+
+
+if __name__ == "__main__":
+    run_main(main)
