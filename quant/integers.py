@@ -44,7 +44,8 @@ def with_integer_products(model: nn.Module) -> nn.Module:
     Sums of floats round, so an activation on the edge between two codes may fall to the other side; accuracies do not
     differ by more than that. Inference only.
     """
-    if not isinstance(model, SparseViT) or model.device.type != "cpu" or not torch.cpu._is_vnni_supported():
+    on_cpu = isinstance(model, SparseViT) and model.device.type == "cpu"
+    if not (on_cpu and torch.cpu.get_capabilities().get("avx512_vnni")):
         return model
     found = [name for name, layer in quantized_layers(model).items() if _integer(layer)]
     if not found:
