@@ -49,6 +49,14 @@ class ImagePool:
     """
 
     def __init__(self, root: str | Path, model: LoadedModel, config: InversionConfig) -> None:
+        self._describe(model, config)
+        digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
+        name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
+        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
+        with rank_zero_first():
+            self._open()
+
+    def _describe(self, model: LoadedModel, config: InversionConfig) -> None:
         self.model, self.config = model, config
         grid = model.vit.patch_embed
         self.grid = PatchGrid(*grid.grid_size, *grid.patch_size)
@@ -64,15 +72,10 @@ class ImagePool:
             "grid": asdict(self.grid),
             "inversion": config.settings(),
         }
-        digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
-        name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
-        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
-        with rank_zero_first():
-            self._open()
 
     @classmethod
     def existing(cls, folder: Path, model: LoadedModel) -> ImagePool:
-        """The pool in a folder, whatever its configuration is.
+        """The pool in a folder, whatever its configuration is, settings that came later included; writes nothing.
 
         Raises:
             UserError: there is none, or it is of another model.
@@ -80,9 +83,11 @@ class ImagePool:
         file = folder / "pool.json"
         if not file.is_file():
             raise UserError(f"{folder} is not an image pool: it has no pool.json")
-        pool = cls(folder.parent, model, InversionConfig.from_settings(read_json(file).get("inversion", {})))
-        if pool.path.resolve() != folder.resolve():
+        saved, pool = read_json(file), cls.__new__(cls)
+        pool._describe(model, InversionConfig.from_settings(saved.get("inversion", {})))
+        if any(saved.get(key) != pool.description[key] for key in ("format_version", "model", "grid")):
             raise UserError(f"{folder} is a pool of another model than {model.name}")
+        pool.path = folder
         return pool
 
     def has(self, batch: int) -> bool:

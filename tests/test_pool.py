@@ -99,6 +99,19 @@ def test_another_configuration_or_other_weights_go_elsewhere(tmp_path, model):
     assert contents(first.path) == before
 
 
+def test_a_pool_from_before_a_setting_was_added_is_read_by_its_folder(tmp_path, model):
+    pool = filled(tmp_path, model)
+    file = pool.path / "pool.json"
+    saved = json.loads(file.read_text())
+    saved["inversion"] = {key: value for key, value in saved["inversion"].items() if key != "soft_label"}
+    file.write_text(json.dumps(saved))
+    before = contents(tmp_path)
+    assert torch.equal(ImagePool.existing(pool.path, model).read(3).patches, pool.read(3).patches)
+    assert contents(tmp_path) == before
+    with pytest.raises(UserError, match="another model"):
+        ImagePool.existing(pool.path, tiny_model(depth=1))
+
+
 def test_nothing_foreign_is_touched(tmp_path, model):
     root = tmp_path / "pool"
     root.mkdir()
