@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inversion import ImagePool, InversionConfig, SynthesisReport, synthesize
+from inversion import ImagePool, InversionConfig, SynthesisReport, synthesis_report, synthesize
 from inversion.arguments import add_inversion_arguments, inversion_config
 from kt import AUGMENTATIONS, Distiller, load_student, save_student
 from kt.distill import OPTIMIZERS
@@ -35,6 +35,12 @@ from utils.report import duration, table
 
 # Flags that say where and how fast, not what: a run may go on with others.
 NOT_CONFIGURATION = ("output", "device", "gpu", "num_workers", "val_batchsize", "epochs", "tensorboard")
+
+
+def settings(args: argparse.Namespace, *without: str) -> dict:
+    """What a run's numbers depend on; more epochs only add to them, but where they set a length of something else."""
+    sets_length = args.kd_lr_schedule != "constant" or args.mode == 1
+    return configuration(args, (*NOT_CONFIGURATION, *without)) | ({"epochs": args.epochs} if sets_length else {})
 
 
 def parser() -> Parser:
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     images = config.strategy if args.mode == 0 else MODES[args.mode]
     name = f"{re.sub(r'.*/', '', args.model.rstrip('/'))}-kt-{images}-{args.finetune}-s{args.seed}"
     output = writable_folder(args.output or Path("runs", name), "--output")
-    state = read_checkpoint(output, configuration(args, NOT_CONFIGURATION), made_by_run="student")
+    state = read_checkpoint(output, settings(args), made_by_run="student")
     transform = teacher.preprocessing.eval_transform()
     test_set = load_split("test", teacher.dataset, args.dataset, transform, teacher.classes)
     data = loader(limited(test_set, args.val_limit), args.val_batchsize, args.num_workers)
@@ -146,6 +152,13 @@ class Progress:
     seconds: float
     images: int
 
+    def evaluate(self, distiller: Distiller, data: DataLoader) -> None:
+        """Let the student's accuracy stand beside the last epoch, and keep the student if it is the best."""
+        top1 = evaluate({"student": distiller.student}, data, distiller.device, quiet=True)["student"]["top1"]
+        self.history[-1]["top1"] = top1
+        if top1 > self.best_top1:
+            self.best_top1, self.best_weights = top1, distiller.weights()
+
     @property
     def last_top1(self) -> float:
         """Of the last evaluation."""
@@ -166,7 +179,7 @@ def train(
         distiller.load_state_dict(state["distiller"])
         progress = Progress(**state["progress"])
         print(f"going on after epoch {len(progress.history)} of {args.epochs}")
-    config = configuration(args, NOT_CONFIGURATION)
+    config = settings(args)
     epochs = range(len(progress.history), args.epochs)
     with tqdm(total=args.epochs, initial=len(progress.history), unit="epoch", disable=rank() > 0) as bar:
         for epoch in epochs:
@@ -174,18 +187,17 @@ def train(
             start = time.perf_counter()
             loss = distiller.run(images, args.kd_steps)
             progress.seconds += time.perf_counter() - start
-            top1 = None
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                top1 = evaluate({"student": distiller.student}, data, distiller.device, quiet=True)["student"]["top1"]
-                if top1 > progress.best_top1:
-                    progress.best_top1, progress.best_weights = top1, distiller.weights()
             progress.images = len(images)
-            progress.history.append({"loss": round(loss, 5), "top1": top1, "images": len(images)})
+            progress.history.append({"loss": round(loss, 5), "top1": None, "images": len(images)})
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                progress.evaluate(distiller, data)
             if rank() == 0:
                 state = {"distiller": distiller.state_dict(), "progress": vars(progress)}
                 write_checkpoint(output, config, state)
             bar.set_postfix(loss=f"{loss:.4g}", best=f"{progress.best_top1:.2f}", images=len(images), refresh=False)
             bar.update()
+    if not progress.best_weights:  # stopped before its first evaluation, and told to end there
+        progress.evaluate(distiller, data)
     wait_for_all()
     return progress
 
@@ -215,21 +227,15 @@ class PoolSource(ImageSource):
     ) -> None:
         self.pool, self.per_epoch = pool, args.images_per_epoch
         self.most = math.inf if args.max_images is None else args.max_images
-        self.synthesized = partial(
-            synthesize,
-            pool,
-            device=device,
-            log=output / "synthesis.jsonl",
-            quiet=True,
-            student=student,
-            tensorboard=events_folder(args, output),
-        )
+        where = {"device": device, "log": output / "synthesis.jsonl", "student": student}
+        self.synthesized = partial(synthesize, pool, **where, quiet=True, tensorboard=events_folder(args, output))
+        self.reported = partial(synthesis_report, pool, **where)
         self.path = str(pool.path)
         self.images: SparseImages | None = None
 
     def upto(self, epoch: int) -> SparseImages:
         size = self.pool.config.batch_size
-        count = min((epoch + 1) * self.per_epoch, self.most) if self.per_epoch else self.pool.batches() * size
+        count = min((epoch + 1) * self.per_epoch if self.per_epoch else self.pool.batches() * size, self.most)
         have = 0 if self.images is None else len(self.images)
         if count == 0:
             raise UserError(f"{self.path} holds no images; raise --images_per_epoch above 0 or give another --datapool")
@@ -241,7 +247,7 @@ class PoolSource(ImageSource):
         return self.images
 
     def report(self, count: int) -> dict:
-        return asdict(self.synthesized(count))
+        return asdict(self.reported(count))
 
 
 def joined(first: SparseImages, second: SparseImages) -> SparseImages:
@@ -252,7 +258,7 @@ def joined(first: SparseImages, second: SparseImages) -> SparseImages:
 
 def adversary(args: argparse.Namespace) -> str:
     """What the images of the adversarial term depend on: the student, and all that it learns from before them."""
-    config = configuration(args, (*NOT_CONFIGURATION, "datapool", "eval_every", "val_limit", "dataset"))
+    config = settings(args, "datapool", "eval_every", "val_limit", "dataset")
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -271,6 +277,8 @@ def image_source(
         return PoolSource(pool, student, device, args, output)
     if args.mode == 1:
         count = args.max_images or args.epochs * args.images_per_epoch
+        if not count:
+            raise UserError("--mode 1 --images_per_epoch 0 asks for no images; give --max_images")
         return ImageSource(noise_images(teacher, count, args.seed))
     return ImageSource(real_images(teacher, args.dataset, args.max_images, args.seed))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,17 +15,19 @@ from inversion import ImagePool, InversionConfig, SynthesisReport, synthesize
 from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.events import require_tensorboard
 from models import DEFAULT_MODEL, LoadedModel, SparseImages, SparseViT, load_model
-from quant import OBSERVERS, QuantConfig, check_model, evaluate, export, quantize, save_quantized
+from quant import OBSERVERS, QuantConfig, evaluate, export, fitting, quantize, require_own_folder, save_quantized
 from quant.sensitivity import save_sensitivity, sensitivity
 from utils.cli import Parser, add_common_arguments, positive, rate
 from utils.data import limited, load_split, loader, random_subset
-from utils.device import device_name, pick_dtype, seed_all, versions
+from utils.device import device_name, physical_memory_bytes, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
 from utils.pictures import save_image_grid, save_loss_curve
 from utils.ranks import process_group, rank, rank_zero_first
 from utils.report import duration, table
 
+AGREEMENT = 99.5
+"""Share of images, in per cent, that an exported file should put in the class that the simulated model does."""
 MODES = {0: "inverted", 1: "gaussian", 2: "real"}
 
 
@@ -109,10 +112,11 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, device: torch.device) -> dict:
     """The task on one rank."""
-    config, how = inversion_config(args, args.calib_batchsize, pick_dtype(args.dtype, device)), quant_config(args)
+    config = inversion_config(args, args.calib_batchsize, pick_dtype(args.dtype, device))
     count = args.num_images or args.calib_batchsize
     seed_all(args.seed)
     model = load_model(args.model, args.model_path)
+    how = fitting(SparseViT(model.vit), quant_config(args))
     calibration = config.strategy if args.mode == 0 else MODES[args.mode]
     name = f"{model.name.rstrip('/').split('/')[-1]}-{calibration}-w{args.w_bit}a{args.a_bit}-s{args.seed}"
     output = writable_folder(args.output or Path("runs", name), "--output")
@@ -140,7 +144,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         "calibration": calibration,
         "w_bit": args.w_bit,
         "a_bit": args.a_bit,
-        "quantization": {**asdict(how), "method": how.method},
+        "quantization": {**asdict(quant_config(args)), "method": how.method},
         "seed": args.seed,
         "device": device_name(device),
         "dtype": config.dtype,
@@ -166,11 +170,10 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
 
 def check_outcome(args: argparse.Namespace, config: QuantConfig, model: LoadedModel) -> None:
     """Raise `UserError`, before anything is computed, for a model that cannot be quantized, saved or exported so."""
-    check_model(SparseViT(model.vit), config)
     if args.sensitivity and config.w_bit == config.a_bit == 32:
         raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
     if args.save:
-        writable_folder(args.save, "--save")
+        require_own_folder(args.save)
     if args.export:
         export.require_export(args.export, model)
 
@@ -216,6 +219,7 @@ def events_folder(args: argparse.Namespace, output: Path) -> Path | None:
 
 def noise_images(model: LoadedModel, count: int, seed: int) -> SparseImages:
     """`count` images of standard normal pixels; their labels mean nothing."""
+    _require_memory(count, model)
     noise = torch.randn(count, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(seed))
     return SparseImages.whole(SparseViT(model.vit).grid, noise, torch.zeros(count, dtype=torch.long))
 
@@ -223,8 +227,20 @@ def noise_images(model: LoadedModel, count: int, seed: int) -> SparseImages:
 def real_images(model: LoadedModel, dataset: str | None, count: int | None, seed: int) -> SparseImages:
     """`count` images of the training split, drawn with `seed`; all of them if None."""
     train_set = load_split("train", model.dataset, dataset, model.preprocessing.eval_transform(), model.classes)
-    real, labels = zip(*random_subset(train_set, count or len(train_set), seed), strict=True)
+    chosen = random_subset(train_set, count or len(train_set), seed)
+    _require_memory(len(chosen), model)
+    real, labels = zip(*chosen, strict=True)
     return SparseImages.whole(SparseViT(model.vit).grid, torch.stack(real), torch.tensor(labels))
+
+
+def _require_memory(count: int, model: LoadedModel) -> None:
+    """Raise `UserError` where whole images, held in float32 once as they come and once as patches, find no room."""
+    needed, there = 2 * 4 * count * math.prod(model.preprocessing.input_size), physical_memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"{count:,} images of this size need {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f}; "
+            "ask for fewer (--num_images, --max_images)"
+        )
 
 
 def save_pictures(model: LoadedModel, vit: SparseViT, images: SparseImages, output: Path) -> None:
@@ -266,6 +282,8 @@ def print_export(found: dict) -> None:
     """What an exported file is like."""
     print(f"{found['file']}: {found['bytes'] / 1e6:.2f} MB, {found['size_ratio']:.3f}x of float32", end="; ")
     print(f"{found['agreement']:.2f}% of the images are classified as by the simulated model")
+    if found["agreement"] < AGREEMENT:
+        print(f"warning: below {AGREEMENT}%; at few bits values on rounding boundaries fall either way, see the top-1")
     columns = [("ONNX file", "quantized"), ("ONNX file, float32", "float32"), ("PyTorch, float32", "pytorch")]
     lines = [[label, f"{found['latency_ms'][key]:.2f}", f"{found['throughput'][key]:.1f}"] for label, key in columns]
     print(table([f"{found['threads']} threads", "ms, batch 1", "images/s, batch 32"], lines))

@@ -5,7 +5,7 @@ from inversion.engine import InvertedBatch, Inverter, Progress, Snapshot, StageS
 from inversion.pool import ImagePool
 from inversion.priors import PRIORS
 from inversion.strategies import STRATEGIES
-from inversion.synthesis import SynthesisReport, synthesize
+from inversion.synthesis import SynthesisReport, synthesis_report, synthesize
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -19,5 +19,6 @@ __all__ = [
     "Snapshot",
     "StageStart",
     "SynthesisReport",
+    "synthesis_report",
     "synthesize",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from inversion.pool import ImagePool
 from models import LoadedModel
 from utils.device import peak_memory_bytes, reset_peak_memory
 from utils.errors import UserError
+from utils.files import append_json_line, read_json_lines
 from utils.ranks import rank, ranks, wait_for_all
 
 
@@ -93,6 +93,18 @@ def synthesize(
                 if tensorboard is not None:
                     write_events(tensorboard, batch, inverted.losses.tolist(), inverter.stages)
         wait_for_all()
+    return _report(pool, count, inverter, log)
+
+
+def synthesis_report(
+    pool: ImagePool, count: int, device: torch.device, log: Path, student: LoadedModel | None = None
+) -> SynthesisReport:
+    """What the first `count` images of a pool, all of them made, are and cost. Arguments as for `synthesize`."""
+    return _report(pool, count, Inverter(pool.model, pool.config, device, student, pool.before), log)
+
+
+def _report(pool: ImagePool, count: int, inverter: Inverter, log: Path) -> SynthesisReport:
+    config, batches = pool.config, range(math.ceil(count / pool.config.batch_size))
     logged = _logged(log, pool)
     known = [logged[batch] for batch in batches if batch in logged]
     return SynthesisReport(
@@ -102,7 +114,9 @@ def synthesize(
         seconds=sum(entry["seconds"] for entry in known) if len(known) == len(batches) else None,
         patches_per_stage=[stage.patches for stage in inverter.stages],
         flops=inverter.total_flops() * len(batches),
-        peak_memory_bytes=max((entry["peak_memory_bytes"] for entry in known), default=peak_memory_bytes(device)),
+        peak_memory_bytes=max(
+            (entry["peak_memory_bytes"] for entry in known), default=peak_memory_bytes(inverter.device)
+        ),
         pool=str(pool.path),
     )
 
@@ -125,18 +139,9 @@ def _shown(bar: tqdm, offset: int):
 
 def _append(log: Path, pool: ImagePool, batch: int, seconds: float, peak: int) -> None:
     entry = {"pool": pool.path.name, "batch": batch, "seconds": round(seconds, 3), "peak_memory_bytes": peak}
-    with open(log, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_json_line(log, entry)
 
 
 def _logged(log: Path, pool: ImagePool) -> dict[int, dict]:
-    """What the log says of this pool's batches; a line that a kill cut off is passed over."""
-    entries = {}
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["pool"] == pool.path.name:
-            entries[entry["batch"]] = entry
-    return entries
+    """What the log says of this pool's batches."""
+    return {entry["batch"]: entry for entry in read_json_lines(log) if entry["pool"] == pool.path.name}

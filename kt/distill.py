@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kt.augment import augmented, drawn, take
 from models import LoadedModel, SparseImages, SparseViT
 from utils.errors import UserError
-from utils.ranks import rank, ranks
+from utils.ranks import rank, ranks, summed
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -80,7 +80,7 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(seed)
 
     def run(self, images: SparseImages, steps: int) -> float:
-        """`steps` steps on batches drawn from `images`. Returns the mean loss of this rank's part.
+        """`steps` steps on batches drawn from `images`. Returns the mean loss.
 
         Raises:
             UserError: no images, or a loss that is no longer finite.
@@ -92,7 +92,7 @@ class Distiller:
         total = torch.zeros((), device=self.device)
         for _ in range(steps):
             total += self._step(images)
-        loss = total.item() / max(steps, 1)
+        loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise UserError(f"the distillation loss became {loss}; lower --lr, in a new --output")
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from timm.models import save_for_hf
@@ -37,7 +38,9 @@ def load_student(
         raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
     if not scratch and path is None:
         path = _backbone(teacher, name)
-    student = load_model(name or teacher.name, path, random_weights=scratch, classes=teacher.classes)
+    student = load_model(
+        name or teacher.name, path, random_weights=scratch, classes=teacher.classes, path_flag="--student_path"
+    )
     ours, theirs = (model.vit.patch_embed for model in (student, teacher))
     if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
         raise UserError(
@@ -61,7 +64,11 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: Path, **fac
     config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
     config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
-    save_for_hf(student.vit, folder, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+        save_for_hf(student.vit, partial, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
+        for file in Path(partial).iterdir():
+            file.replace(folder / file.name)
 
 
 def _backbone(teacher: LoadedModel, name: str | None) -> Path | None:

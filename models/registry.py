@@ -125,6 +125,7 @@ def load_model(
     model_path: str | Path | None = None,
     random_weights: bool = False,
     classes: int | None = None,
+    path_flag: str = "--model_path",
 ) -> LoadedModel:
     """Load a model by name.
 
@@ -135,6 +136,7 @@ def load_model(
         random_weights: leave the weights at their initialization (benchmarks, training from scratch).
         classes: load it to be trained for so many classes: weights with another number of them, or without a head, get
             a new head, and a named CIFAR model starts from timm's ImageNet weights.
+        path_flag: what errors call `model_path`.
 
     Raises:
         UserError: unknown name, an architecture that `SparseViT` cannot honour, or weights that are missing, damaged,
@@ -145,9 +147,9 @@ def load_model(
         _require_timm_name(name)
         with torch.device("meta"):  # refuse before anything is downloaded
             require_supported(timm.create_model(name, num_classes=1), name)
-    weights = None if random_weights else _weights_file(name, named, model_path, classes is not None)
+    weights = None if random_weights else _weights_file(name, named, model_path, classes is not None, path_flag)
     state = None if weights is None else read_weights(weights)
-    vit = _create(name, named, state, weights is None and not random_weights, classes)
+    vit = _create(name, named, state, weights is None and not random_weights, classes, path_flag)
     if named is not None and named.pretrained_cfg:
         vit.pretrained_cfg = {**vit.pretrained_cfg, **named.pretrained_cfg, "num_classes": named.classes}
     require_supported(vit, name)
@@ -189,7 +191,9 @@ def _require_timm_name(name: str) -> None:
     raise UserError(f"unknown model '{name}'; did you mean {', '.join(near)}?")
 
 
-def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | None, to_train: bool) -> Path | None:
+def _weights_file(
+    name: str, named: NamedModel | None, model_path: str | Path | None, to_train: bool, path_flag: str
+) -> Path | None:
     """The local file to load, or None where timm is to fetch the weights."""
     if model_path is None:
         if named is None or named.dataset == "imagenet":
@@ -199,7 +203,7 @@ def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | 
         if to_train:
             return None
         raise UserError(
-            f"the weights of {name} are on no hub; give them with --model_path (a folder with {name}.pth), "
+            f"the weights of {name} are on no hub; give them with {path_flag} (a folder with {name}.pth), "
             "or make them with scripts/train_teacher.py"
         )
     path = Path(model_path).expanduser()
@@ -208,10 +212,10 @@ def _weights_file(name: str, named: NamedModel | None, model_path: str | Path | 
         tried = [path / f"{stem}.pth", path / f"{stem}.safetensors", path / "model.safetensors"]
         found = [file for file in tried if file.is_file()]
         if not found:
-            raise UserError(f"no weights in --model_path {path}: looked for {', '.join(f.name for f in tried)}")
+            raise UserError(f"no weights in {path_flag} {path}: looked for {', '.join(f.name for f in tried)}")
         return found[0]
     if not path.is_file():
-        raise UserError(f"--model_path {path} does not exist")
+        raise UserError(f"{path_flag} {path} does not exist")
     return path
 
 
@@ -237,6 +241,7 @@ def _create(
     state: dict[str, Tensor] | None,
     pretrained: bool,
     classes: int | None,
+    path_flag: str,
 ) -> VisionTransformer:
     args = {}
     if named is not None:
@@ -253,7 +258,7 @@ def _create(
         raise
     except Exception as error:  # timm, the hub client and safetensors each raise their own kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-        where = "" if name.startswith("local-dir:") or not pretrained else "; without network, give --model_path"
+        where = "" if name.startswith("local-dir:") or not pretrained else f"; without network, give {path_flag}"
         raise UserError(f"cannot load {name} ({reason}){where}") from None
 
 

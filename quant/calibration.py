@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
         UserError: no images, more ranks than batches, `--keep` of a layer that is not there, or a model that the
             observer is not for.
     """
+    config = fitting(vit, config)
     images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
     if config.reconstruct:
@@ -50,16 +52,25 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
     return quantized
 
 
-def check_model(vit: SparseViT, config: QuantConfig) -> None:
-    """Raise `UserError`, without computing anything, where `vit` cannot be quantized as `config` says."""
+def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
+    """`config` with the observer that `auto` stands for at these widths and for this model.
+
+    Raises `UserError`, without computing anything, where `vit` cannot be quantized as `config` says.
+    """
     if config.w_bit == config.a_bit == 32:
-        return
-    method = OBSERVERS[config.method]
-    config.widths(list(places(vit, method)), len(vit.blocks))
-    if method.reparameterize:
-        norm_sites(vit)
+        return config
     if config.reconstruct and ranks() > 1:
         raise UserError("--reconstruct runs in one process; start it without torchrun")
+    chosen = dataclasses.replace(config, observer=config.method)
+    if OBSERVERS[chosen.observer].reparameterize:
+        try:
+            norm_sites(vit)
+        except UserError:
+            if config.observer != "auto":
+                raise
+            chosen = dataclasses.replace(config, observer="mse")
+    chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
+    return chosen
 
 
 @torch.no_grad()

@@ -52,9 +52,11 @@ class QuantConfig:
             raise UserError(f"--observer {self.observer} is about activations, which --a_bit 32 leaves alone; take mse")
         if self.w_bit == 32 and self.reconstruct:
             raise UserError("--reconstruct learns how weights are rounded, and --w_bit 32 leaves them alone")
+        if self.reconstruct_seconds is not None and not self.reconstruct:
+            raise UserError("--reconstruct_seconds is the limit of --reconstruct, which is not given")
         if self.w_bit == self.a_bit == 32:
-            for flag, given in (("--keep", self.keep), ("--bias_correction", self.bias_correction)):
-                if given:
+            for flag in ("--keep", "--bias_correction", "--fill"):
+                if getattr(self, flag.removeprefix("--")):
                     raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
         if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
             raise UserError(f"--keep is for layers that shall have {KEPT_BITS} bits where the others have fewer")

@@ -32,7 +32,8 @@ class ActivationQuantizer(nn.Module):
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
         """Quantize from now on, with this scale () and zero point (), int32."""
-        self.scale, self.zero_point, self.observer = scale, zero_point, None
+        # Copies: two readers of one norm are fixed to the same tensors, and files hold no shared ones.
+        self.scale, self.zero_point, self.observer = scale.clone(), zero_point.clone(), None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -55,7 +56,7 @@ class LogSqrt2Quantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def freeze(self) -> None:
-        """Fix `scale`, the largest value. Raises `RuntimeError` if nothing was observed."""
+        """Fix `scale`, the upper end of the observed range. Raises `RuntimeError` if nothing was observed."""
         _, high = self.observer.range()
         if not high > -torch.inf:
             raise RuntimeError("this quantizer saw no tensor during calibration")

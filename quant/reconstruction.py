@@ -3,7 +3,7 @@
 What is learned is, of every weight, whether it is rounded up or down (AdaRound, Nagel et al., ICML 2020) and, of every
 activation quantizer, its scale (LSQ, Esser et al., ICLR 2020); the unit is a block with its output as the target
 (BRECQ, Li et al., ICLR 2021); half of the activations, drawn anew every step, are left in full precision (QDrop, Wei et
-al., ICLR 2022). Only kept patches are fed.
+al., ICLR 2022). Fed are the images as they come: kept patches alone, or filled grids.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
     classifiers = _named(vit, "head", "head", "head_dist")
     if isinstance(vit.head.fc_norm, nn.LayerNorm):
         sites.append(NormSite("head.fc_norm", classifiers))
-    elif vit.head.attn_pool is None and vit.head.pool_type in ("token", "avg"):
+    elif vit.head.attn_pool is None and vit.head.pool_type == "token":  # else it reads what the norm did not put out
         sites.append(NormSite("norm", classifiers))
     for site in sites:
         norm = vit.get_submodule(site.norm)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import LoadedModel, SparseViT
+from quant.calibration import fitting
 from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
@@ -38,7 +39,7 @@ def save_quantized(
     """
     if model.architecture is None:
         raise UserError(f"--save: the architecture of {model.name} is not known, so it could not be made again")
-    folder = writable_folder(folder, "--save")
+    folder, config = require_own_folder(folder), fitting(SparseViT(model.vit), config)
     state = {name: value.detach().cpu().contiguous() for name, value in quantized.state_dict().items()}
     for name, layer in quantized_layers(quantized).items():
         if layer.weight_scale is not None:
@@ -56,6 +57,14 @@ def save_quantized(
         "classes": classes,
     }
     write_json(folder / CONFIG, about)
+    return folder
+
+
+def require_own_folder(folder: str | Path) -> Path:
+    """Make the folder if needed. Raises `UserError` where it cannot be written to, or holds another model's weights."""
+    folder = writable_folder(folder, "--save")
+    if (folder / WEIGHTS).exists() and not (folder / CONFIG).exists():
+        raise UserError(f"--save {folder} holds another model's {WEIGHTS}; give another folder")
     return folder
 
 

@@ -21,17 +21,20 @@ import test_quant
 from inversion import InversionConfig, SynthesisReport
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
-from quant import check_bits, evaluate, quantize
+from quant import check_bits, evaluate, fitting, quantize
 from scripts.comparison import (
     BASELINES,
     Method,
     Rows,
     add_grid_arguments,
     costs,
+    further_flags,
     means,
     methods,
     print_table,
+    refuse_flags,
     save_images,
+    short_name,
     write_results,
 )
 from test_quant import calibration_images, quant_config, save_pictures
@@ -39,7 +42,7 @@ from utils.checkpoint import configuration
 from utils.cli import Parser
 from utils.data import limited, load_split, loader
 from utils.device import device_name, pick_device, pick_dtype, versions
-from utils.errors import UserError, run_main
+from utils.errors import run_main
 from utils.files import writable_folder, write_json
 
 # Flags of test_quant.py that no result depends on, and those that a grid runs over.
@@ -69,11 +72,9 @@ def parse_arguments(
     )
     parser.add_argument("--output", metavar="DIR", default=output, help="where everything goes")
     args, others = parser.parse_known_args(argv)
-    given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in others}
-    if given & VARIED:
-        raise UserError(f"{sorted(given & VARIED)[0]} is what this script varies; see --help")
-    if given & ONE_MODEL:
-        raise UserError(f"{sorted(given & ONE_MODEL)[0]} is for one model; give it to test_quant.py")
+    for flags in (others, *(further_flags("--with", flags) for _, flags in args.extra)):
+        refuse_flags(flags, VARIED, "is what this script varies; see --help")
+        refuse_flags(flags, ONE_MODEL, "is for one model; give it to test_quant.py")
     for w_bit, a_bit in args.bits:
         check_bits(w_bit, a_bit)
     return args, others
@@ -83,7 +84,7 @@ class Bench:
     """A model with its data, ready to be quantized."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self.model = name, load_model(name, args.model_path)
+        self.name, self.model, self.dataset = name, load_model(name, args.model_path), args.dataset
         self.device = pick_device(args.device, args.gpu)
         transform, classes = self.model.preprocessing.eval_transform(), self.model.classes
         test_set = load_split("test", self.model.dataset, args.dataset, transform, classes)
@@ -116,13 +117,13 @@ class Bench:
 
     def full_precision(self, rows: Rows) -> float:
         """Top-1 of the model as it is."""
-        cell = {"model": self.name, "width": "full precision", **self.facts}
+        cell = {"model": self.name, "width": "full precision", "dataset": self.dataset, **self.facts}
         row = rows.find(cell) or rows.add(cell, evaluate({"fp": self.vit}, self.data, self.device)["fp"])
         return row["top1"]
 
     def run(self, method: Method, seed: int, args: argparse.Namespace, widths, rows: Rows, folder: Path) -> list[dict]:
         """The rows of one kind of images, one per width; all widths are evaluated in one pass over the data."""
-        configs = {(w_bit, a_bit): quant_config(args, w_bit, a_bit) for w_bit, a_bit in widths}
+        configs = {width: fitting(self.vit, quant_config(args, *width)) for width in widths}
         cells = {}
         for w_bit, a_bit in widths:
             cells[w_bit, a_bit] = {**configuration(args, NOT_CELL), "dtype": self.config(args).dtype, **self.facts}
@@ -156,17 +157,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args, others = parse_arguments(argv)
     chosen, output = methods(args), writable_folder(args.output, "--output")
     rows, found, pictures = Rows(output), [], {}
-    for name in args.models or [DEFAULT_MODEL]:
+    names = args.models or [DEFAULT_MODEL]
+    runs = {}
+    for name in names:
+        for seed in args.seeds:
+            for method in chosen:  # all flags are read before anything is computed
+                folder = output / f"{short_name(name)}-{method.name}-s{seed}"
+                flags = [*others, "--model", name, "--seed", str(seed), *method.flags, "--output", str(folder)]
+                runs[name, seed, method] = test_quant.parser().parse_args(flags)
+    for name in names:
         bench = Bench(name, test_quant.parser().parse_args([*others, "--model", name]))
-        short = name.rstrip("/").split("/")[-1]
         for seed in args.seeds:
             for method in chosen:
-                flags = [*others, "--model", name, "--seed", str(seed), *method.flags]
-                folder = writable_folder(output / f"{short}-{method.name}-s{seed}", "--output")
-                run = test_quant.parser().parse_args([*flags, "--output", str(folder)])
+                run = runs[name, seed, method]
+                folder = writable_folder(run.output, "--output")
                 found += bench.run(method, seed, run, args.bits, rows, folder)
                 if seed == args.seeds[0] and method.prior is not None:
-                    pictures.setdefault(short, {})[method.name] = bench.shown(run, folder)
+                    pictures.setdefault(short_name(name), {})[method.name] = bench.shown(run, folder)
         print(f"{name}: full precision {bench.full_precision(rows):.2f} on {len(bench.data.dataset)} images")
     summary = means(found, ("model", "method", "width"))
     write_results(output, found, summary, "width")

@@ -23,14 +23,17 @@ from scripts.comparison import (
     Method,
     add_grid_arguments,
     costs,
+    further_flags,
     means,
     methods,
     print_table,
+    refuse_flags,
     save_images,
+    short_name,
     write_results,
 )
 from utils.cli import Parser
-from utils.errors import UserError, run_main
+from utils.errors import run_main
 from utils.files import writable_folder, write_json
 
 STUDENTS = {
@@ -51,16 +54,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     add("--scratch", metavar="FLAGS", default="", help="further flags of students from scratch")
     add("--output", metavar="DIR", default="./runs/compare_kt", help="where everything goes")
     args, others = parser.parse_known_args(argv)
-    taken = VARIED & {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in others}
-    if taken:
-        raise UserError(f"{sorted(taken)[0]} is what this script varies; see --help")
+    further = [further_flags(f"--{name}", getattr(args, name)) for name in ("linear", "scratch")]
+    for flags in (others, *further, *(further_flags("--with", flags) for _, flags in args.extra)):
+        refuse_flags(flags, VARIED, "is what this script varies; see --help")
+        test_kt.parser().parse_args([*others, *flags])  # all flags are read before anything is computed
     return args, others
 
 
 def run_cell(model: str, method: Method, student: str, seed: int, further: list[str], output: Path) -> dict:
     """One run of test_kt.py, as a row."""
-    short = model.rstrip("/").split("/")[-1]
-    folder = output / f"{short}-{method.name}-{student}-s{seed}"
+    folder = output / f"{short_name(model)}-{method.name}-{student}-s{seed}"
     print(f"== {model}, {method.name}, {student}, seed {seed}", flush=True)
     flags = [*further, "--model", model, "--seed", str(seed), *method.flags, *STUDENTS[student]]
     report = test_kt.main([*flags, "--output", str(folder)])
@@ -109,7 +112,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Run every cell, print and write the table."""
     args, others = parse_arguments(argv)
     chosen, output = methods(args), writable_folder(args.output, "--output")
-    further = {"linear": args.linear.split(), "full": [], "scratch": args.scratch.split()}
+    further = {
+        "linear": further_flags("--linear", args.linear),
+        "full": [],
+        "scratch": further_flags("--scratch", args.scratch),
+    }
     models = args.models or [DEFAULT_MODEL]
     rows = [
         run_cell(model, method, student, seed, [*others, *further[student]], output)
@@ -129,8 +136,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for number, model in enumerate(models):
         pictures = shown(rows, model, others)
         if pictures:
-            short = model.rstrip("/").split("/")[-1]
-            save_images(output / ("images.png" if number == 0 else f"images-{short}.png"), pictures)
+            save_images(output / ("images.png" if number == 0 else f"images-{short_name(model)}.png"), pictures)
     print_table(summary, "student")
     for teacher in teachers:
         print(f"teacher {teacher['model']}: {teacher['top1']:.2f}")

@@ -7,7 +7,7 @@ import csv
 import json
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from inversion.priors import PRIORS
 from inversion.strategies import STRATEGIES
 from utils.cli import natural
 from utils.errors import UserError
-from utils.files import atomic, write_json
+from utils.files import append_json_line, atomic, read_json_lines, write_json
 from utils.pictures import save_figure
 from utils.report import duration, table
 
@@ -68,9 +68,14 @@ def add_grid_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     )
 
 
+def short_name(model: str) -> str:
+    """A model's name without the path or the hub that it comes from."""
+    return model.rstrip("/").split("/")[-1]
+
+
 def methods(args: argparse.Namespace) -> list[Method]:
     """What `add_grid_arguments` asks for. Raises `UserError` where flags name something that is not compared."""
-    extra = {name: shlex.split(flags) for name, flags in args.extra}
+    extra = {name: further_flags(f"--with {name}", flags) for name, flags in args.extra}
     unknown = extra.keys() - {*args.priors, *args.strategies}
     if unknown:
         raise UserError(f"--with {sorted(unknown)[0]}: that is neither among --priors nor among --strategies")
@@ -86,13 +91,27 @@ def methods(args: argparse.Namespace) -> list[Method]:
     return found
 
 
+def further_flags(flag: str, text: str) -> list[str]:
+    """What stands in quotes behind `flag`, split as a shell does. Raises `UserError` where that cannot be."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}: {text}") from None
+
+
+def refuse_flags(flags: Sequence[str], refused: Iterable[str], why: str) -> None:
+    """Raise `UserError` where one of `refused` is among `flags`."""
+    given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags}
+    for flag in sorted(given & set(refused)):
+        raise UserError(f"{flag} {why}")
+
+
 class Rows:
     """Finished cells, one JSON object a line in `OUTPUT/rows.jsonl`; a cell is the configuration that it came from."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "rows.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = read_json_lines(self.file)
 
     def find(self, cell: Mapping[str, object]) -> dict | None:
         """The row of a cell, if it is finished."""
@@ -102,8 +121,7 @@ class Rows:
     def add(self, cell: Mapping[str, object], row: Mapping[str, object]) -> dict:
         """Keep a finished cell."""
         self.rows.append({**row, "cell": json.loads(json.dumps(cell))})
-        with open(self.file, "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        append_json_line(self.file, self.rows[-1])
         return self.rows[-1]
 
 
@@ -120,8 +138,8 @@ def _mean(group: list[dict]) -> dict:
     mean = {key: value for key, value in group[0].items() if key not in ("cell", "seed", "per_seed")}
     for key, value in mean.items():
         values = [row[key] for row in group]
-        if isinstance(value, float) and None not in values:
-            mean[key] = round(statistics.mean(values), 4)
+        if isinstance(value, float):
+            mean[key] = None if None in values else round(statistics.mean(values), 4)
     spread = round(statistics.stdev(top1), 3) if len(top1) > 1 else None
     return {**mean, "top1": round(statistics.mean(top1), 3), "top1_std": spread, "top1_per_seed": top1}
 
@@ -203,7 +221,7 @@ def save_accuracy(path: Path, summary: Sequence[dict], column: str) -> None:
                     label=row["method"],
                 )
         axes.set(xlabel="seconds of synthesis", ylabel="top-1, %", xscale="log")
-        axes.set_title(f"{model.rstrip('/').split('/')[-1]}, {value}", fontsize="medium")
+        axes.set_title(f"{short_name(model)}, {value}", fontsize="medium")
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize="x-small")
     save_figure(path, figure)

@@ -16,7 +16,8 @@ import torch
 import test_quant
 from models import SparseImages
 from quant import evaluate, quantize
-from scripts.compare import Bench
+from scripts.compare import ONE_MODEL, Bench
+from scripts.comparison import refuse_flags
 from utils.cli import Parser, positive
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--patches", nargs="+", type=positive, required=True, metavar="N", help="patches that are left")
     parser.add_argument("--output", metavar="DIR", default="./runs/missing_patches", help="where the table goes")
     ours, others = parser.parse_known_args(argv)
+    refuse_flags(others, {"--mode", *ONE_MODEL}, "is not for this script; see --help")
     args = test_quant.parser().parse_args([*others, "--mode", "2"])
     config, output = test_quant.quant_config(args), writable_folder(ours.output, "--output")
     bench = Bench(args.model, args)

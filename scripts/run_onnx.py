@@ -7,9 +7,13 @@ import argparse
 import json
 import sys
 
-import numpy as np
-import onnxruntime
-from PIL import Image
+try:
+    import numpy as np
+    import onnxruntime
+    from PIL import Image
+except ImportError as error:
+    print(f"error: {error.name} is missing: pip install onnxruntime numpy pillow", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def preprocess(image: Image.Image, how: dict) -> np.ndarray:
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         try:
             with Image.open(path) as image:
                 pixels = preprocess(image, how)
-        except OSError as error:
+        except Exception as error:  # Pillow raises many kinds
             return _fail(f"cannot read the image {path}: {type(error).__name__}")
         logits = session.run(None, {session.get_inputs()[0].name: pixels[None]})[0][0].astype(np.float64)
         shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()

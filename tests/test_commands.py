@@ -11,7 +11,7 @@ import test_quant
 from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
-from scripts import activation_ranges, compare, figure_pipeline, missing_patches, quantizer_sensitivity
+from scripts import activation_ranges, compare, compare_kt, figure_pipeline, missing_patches, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -247,9 +247,34 @@ def test_flags_of_quantization_go_through_compare(tmp_path):
 
 
 def test_compare_refuses_what_it_varies_and_flags_of_nothing(tmp_path):
-    for flags, why in ((["--prior", "psaq"], "--prior is what"), (["--with", "psaq", "--tvt 1"], "--with psaq")):
+    for flags, why in (
+        (["--prior", "psaq"], "--prior is what"),
+        (["--with", "psaq", "--tvt 1"], "--with psaq"),
+        (["--with", "smi", "--w_bit 2"], "--w_bit is what"),
+        (["--with", "smi", "--export x.onnx"], "--export is for one model"),
+        (["--with", "smi", "it's"], "--with.*quotation"),
+        (["--with", "smi", "--no-such-flag 1"], "unrecognized"),
+    ):
         with pytest.raises(UserError, match=why):
             compare.main([*flags, "--output", str(tmp_path)])
+    assert not (tmp_path / "rows.jsonl").exists()
+    for flags, why in ((["--scratch", "--seed 3"], "--seed is what"), (["--linear", "--nothing 1"], "unrecognized")):
+        with pytest.raises(UserError, match=why):
+            compare_kt.main([*flags, "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--save is not for this script"):
+        missing_patches.main(["--patches", "4", "--save", str(tmp_path / "saved")])
+
+
+def test_a_line_that_a_kill_cut_off_costs_one_cell(tmp_path):
+    flags = ["--baselines", "gaussian", "--strategies", "--bits", "8/8", "--val_limit", "8", "--calib-batchsize", "4"]
+    flags += ["--output", str(tmp_path)]
+    compare.main(flags)
+    file = tmp_path / "rows.jsonl"
+    lines = file.read_text()
+    file.write_text(lines[: len(lines) // 3])
+    for _ in range(2):
+        compare.main(flags)
+    assert len(file.read_text().splitlines()) == 3
 
 
 def test_sensitivity_leaves_quantizers_out(tmp_path):

@@ -1,11 +1,13 @@
 """Quantized models on disk: saved and read back, and as ONNX files."""
 
 import copy
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -60,6 +62,29 @@ def test_a_bias_that_reparameterization_made_is_read_back(tmp_path):
     model.architecture[1]["qkv_bias"] = False
     vit, config = SparseViT(model.vit), QuantConfig(4, 4, "repq")
     quantized = quantize(vit, noise(vit), config)
+    again = load_quantized(save_quantized(tmp_path, quantized, model, config, CLASSES))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.forward_images(images), quantized.forward_images(images))
+
+
+def test_saving_leaves_another_models_folder_alone(tmp_path):
+    model = load_model(DEFAULT_MODEL)
+    teacher = tmp_path / "model.safetensors"
+    teacher.write_bytes(b"weights of a teacher")
+    with pytest.raises(UserError, match="another model's"):
+        test_quant.main(["--mode", "1", "--val_limit", "8", "--save", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="another model's"):
+        save_quantized(tmp_path, SparseViT(model.vit), model, QuantConfig(), CLASSES)
+    assert teacher.read_bytes() == b"weights of a teacher"
+
+
+def test_two_heads_behind_one_reparameterized_norm_are_saved(tmp_path):
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    vit = randomize(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
+    architecture = ("deit_tiny_distilled_patch16_224", arguments)
+    model = dataclasses.replace(tiny_model(), vit=vit, architecture=architecture)
+    sparse, config = SparseViT(vit), QuantConfig(4, 4, "repq")
+    quantized = quantize(sparse, noise(sparse), config)
     again = load_quantized(save_quantized(tmp_path, quantized, model, config, CLASSES))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(again.forward_images(images), quantized.forward_images(images))

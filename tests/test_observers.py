@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
-from quant import QuantConfig, quantize
+from quant import QuantConfig, fitting, quantize
 from quant.calibration import calibrated
 from quant.insert import quantizers
 from quant.observers import OBSERVERS, MSEObserver, PercentileObserver
@@ -232,6 +232,8 @@ def test_kept_layers_have_eight_bits(vit, images, keep, wide):
         ({"a_bit": 32, "observer": "percentile"}, "--observer percentile.*--a_bit 32"),
         ({"w_bit": 32, "reconstruct": True}, "--reconstruct.*--w_bit 32"),
         ({"w_bit": 32, "a_bit": 32, "bias_correction": True}, "--bias_correction"),
+        ({"w_bit": 32, "a_bit": 32, "fill": True}, "--fill"),
+        ({"w_bit": 4, "reconstruct_seconds": 9.0}, "--reconstruct_seconds"),
         ({"w_bit": 8, "a_bit": 8, "keep": ("first",)}, "--keep"),
         ({"w_bit": 4, "keep": ("blocks.7.",)}, "--keep blocks.7"),
         ({"w_bit": 4, "keep": ("",)}, "--keep"),
@@ -247,3 +249,16 @@ def test_reparameterization_needs_norms_with_scale_and_offset(vit, images):
     vit.blocks[1].norm2 = nn.RMSNorm(32)
     with pytest.raises(UserError, match=r"repq.*blocks\.1\.norm2"):
         quantize(vit, images, QuantConfig(4, 4, "repq"))
+    assert fitting(vit, QuantConfig(4, 4, "auto")).observer == "mse"
+    chosen, asked = (quantize(vit, images, QuantConfig(4, 4, observer)) for observer in ("auto", "mse"))
+    assert torch.equal(chosen(images.patches, images.positions).logits, asked(images.patches, images.positions).logits)
+
+
+def test_a_classifier_behind_a_mean_gets_the_range_of_the_mean(images):
+    """Means of tokens have a much smaller range than the tokens that the norm puts out."""
+    vit = SparseViT(tiny_vit(global_pool="avg", fc_norm=False)).requires_grad_(False)
+    seen = quantizers(quantize(vit, images, QuantConfig(4, 4, "repq")))["head.head.quantizer"]
+    read = []
+    vit.head.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    vit(images.patches, images.positions)
+    assert seen.scale * seen.high < 1.5 * (read[0].max() - read[0].min())

@@ -1,5 +1,6 @@
 """Knowledge transfer: the loss, the changes of images, the student, and the loop that a user runs."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from kt import AUGMENTATIONS, Distiller, augmented, distillation_loss, load_stud
 from models import PatchGrid, SparseImages, SparseViT, load_model
 from scripts import compare_kt, linear_ceiling
 from tests.conftest import ROOT, run_script, tiny_model
+from utils.checkpoint import write_checkpoint
 from utils.errors import UserError
 
 GRID = PatchGrid(4, 4, 8, 8)
@@ -169,7 +171,7 @@ def test_a_saved_student_is_loaded_by_timm(tmp_path):
     [
         ((None, None, "scratch", "linear"), "--finetune full"),
         ((None, "x.pth", "scratch", "full"), "--student_path"),
-        ((None, "x.pth", "pretrained", "full"), "does not exist"),
+        ((None, "x.pth", "pretrained", "full"), "--student_path x.pth does not exist"),
         (("deit_tiny_patch16_224", None, "scratch", "full"), "same patches"),
     ],
 )
@@ -216,6 +218,53 @@ def test_an_existing_pool_is_used_without_adding_to_it(tmp_path):
     report = kt(tmp_path, "--epochs", 3, "--images_per_epoch", 0, output="again")
     assert report["pool"]["images"] == 16
     assert pool_files(tmp_path / "pool") == before
+
+
+def test_an_existing_pool_is_used_while_another_run_fills_it(tmp_path):
+    pool = Path(kt(tmp_path, "--epochs", 2)["pool"]["path"])
+    with open(pool / "pool.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        flags = ["--epochs", 1, "--images_per_epoch", 0, "--max_images", 11]
+        report = kt(tmp_path, *flags, output="again")
+    assert report["pool"]["images"] == 11
+    assert report["synthesis"]["seconds"] is None  # made by another run
+
+
+def test_ranks_share_the_batches_of_a_pool_that_has_fewer(tmp_path):
+    arguments = [*FAST, *SCRATCH, "--datapool", tmp_path / "pool", "--epochs", 1, "--images_per_epoch", 4]
+    assert run_script("test_kt.py", *arguments, "--output", tmp_path / "out").returncode == 0
+    result = torchrun(2, "test_kt.py", *arguments, "--images_per_epoch", 0, "--output", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_that_is_told_to_end_before_its_first_evaluation_is_evaluated(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def write_and_stop(*args):
+        write_checkpoint(*args)
+        if len(args[-1]["progress"]["history"]) == 2:
+            raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(test_kt, "write_checkpoint", write_and_stop)
+        kt(tmp_path, "--epochs", 9, "--eval_every", 9)
+    report = kt(tmp_path, "--epochs", 1, "--eval_every", 9)
+    assert report["epochs"] == 2
+    assert report["student"]["top1"] == report["student"]["best_top1"] == report["history"][-1]["top1"]
+
+
+@pytest.mark.parametrize("flags", [["--kd_lr_schedule", "cosine"], ["--mode", 1]], ids=str)
+def test_more_epochs_are_refused_where_they_would_change_those_before(tmp_path, flags):
+    kt(tmp_path, "--epochs", 1, *flags)
+    with pytest.raises(UserError, match="--epochs 1, not 2"):
+        kt(tmp_path, "--epochs", 2, *flags)
+
+
+def test_images_that_find_no_room_are_refused(tmp_path):
+    for flags in (["--max_images", 10**9], ["--images_per_epoch", 0]):
+        with pytest.raises(UserError, match="--max_images"):
+            kt(tmp_path, "--mode", 1, *flags)
 
 
 def test_an_empty_pool_is_one_clear_error(tmp_path):

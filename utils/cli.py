@@ -44,10 +44,10 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """argparse type: an integer of 0 or more."""
+    """argparse type: an integer of 0 or more that fits into 63 bits, as seeds have to."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to {2**63 - 1}")
     return value
 
 

@@ -39,6 +39,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
+def append_json_line(path: Path, value: Any) -> None:
+    """Add `value` to a file of JSON lines; a line that a kill cut off is ended first."""
+    with open(path, "ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(value) + "\n").encode())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What `append_json_line` wrote, nothing where there is no file; a line that a kill cut off is passed over."""
+    values = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
 def writable_folder(path: str | Path, flag: str) -> Path:
     """Make the folder if needed. Raises `UserError` where files cannot be written into it."""
     folder = Path(path).expanduser()
