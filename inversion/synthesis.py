@@ -25,7 +25,10 @@ from utils.ranks import rank, ranks, wait_for_all
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """What the images of a pool are and cost; `seconds` is None where they were made by a run logged elsewhere."""
+    """What the images of a pool are and cost.
+
+    `seconds`: of all batches added up, whichever rank made them; None where they were made by a run logged elsewhere.
+    """
 
     strategy: str | None
     images: int
