@@ -242,13 +242,13 @@ def save_images(path: Path, shown: Mapping[str, tuple[Tensor, Tensor]], columns:
     chosen = chosen[counts[chosen] > 0].sort().values.tolist()
     figure = Figure(figsize=(1.2 + len(chosen), 0.3 + len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), len(chosen), squeeze=False)
-    for axes_row, (name, (images, labels)) in zip(grid, shown.items(), strict=True):
-        for axes, label in zip(axes_row, chosen, strict=True):
+    for row, (name, (images, labels)) in enumerate(shown.items()):
+        for axes, label in zip(grid[row], chosen, strict=True):
             axes.set(xticks=[], yticks=[], frame_on=False)
             found = (labels == label).nonzero().flatten()
             if len(found):
                 axes.imshow(images[found[0]].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            if axes_row is grid[0]:
+            if row == 0:
                 axes.set_title(str(label), fontsize="small")
-        axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+        grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     save_figure(path, figure)
