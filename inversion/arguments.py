@@ -6,6 +6,7 @@ import argparse
 
 from inversion.config import LR_SCHEDULES, InversionConfig
 from inversion.importance import IMPORTANCES
+from inversion.inits import INITS
 from inversion.presets import PRESETS
 from inversion.priors import PRIORS, options, terms
 from inversion.strategies import STRATEGIES
@@ -18,6 +19,7 @@ FIELDS = {
     "betas": ("betas", tuple),
     "lr_schedule": ("lr_schedule", str),
     "warmup": ("warmup", int),
+    "init": ("init", str),
     "strategy": ("strategy", str),
     "importance": ("importance", str),
     "prune_it": ("prune_it", tuple),
@@ -58,6 +60,7 @@ def add_inversion_arguments(parser: argparse.ArgumentParser) -> None:
     add("--betas", type=float, nargs=2, metavar="B", help="Adam's averaging; default 0.5 0.99")
     add("--lr_schedule", choices=LR_SCHEDULES, help="course of the learning rate; default constant")
     add("--warmup", type=int, metavar="N", help="iterations in which the learning rate rises; default 0")
+    add("--init", choices=INITS, help="noise that pixels start from; default white, pink has images' spectrum")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror the image in half of the iterations; default yes")
     add("--targets", nargs="+", metavar="T", help="labels: uniform (default), balanced, class:K, or a list of classes")
     add("--soft_label", type=float, metavar="ALPHA", help="share of a label spread over all classes; default 0")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inversion.inits import INITS
 from models import PatchGrid
 
 OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
@@ -91,9 +92,11 @@ class PatchCanvas:
         self.neighbours = Neighbours.of(positions, grid)
 
     @classmethod
-    def noise(cls, grid: PatchGrid, batch: int, generator: torch.Generator, device: torch.device) -> PatchCanvas:
-        """Standard normal pixels, drawn on the CPU so that a seed means the same on every device."""
-        images = torch.randn(batch, grid.channels, *grid.image_size, generator=generator)
+    def noise(
+        cls, grid: PatchGrid, batch: int, generator: torch.Generator, device: torch.device, init: str = "white"
+    ) -> PatchCanvas:
+        """Whole images of noise, a key of `INITS`; drawn on the CPU so that a seed means the same on every device."""
+        images = INITS[init]((batch, grid.channels, *grid.image_size), generator)
         return cls(grid, grid.patchify(images).to(device), grid.all_positions(batch, device).contiguous())
 
     def windows(self, jitter: Jitter, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from inversion.importance import IMPORTANCES
+from inversion.inits import INITS
 from inversion.priors import PRIORS, Term, options, terms
 from inversion.projections import parse_projection
 from inversion.schedule import check_schedule
@@ -33,6 +34,8 @@ class InversionConfig:
     """`cosine` falls to 0 at the end."""
     warmup: int = 0
     """Iterations in which the learning rate rises from 0."""
+    init: str = "white"
+    """What the pixels are at first, a key of `INITS`."""
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     options: Mapping[str, object] = field(default_factory=dict)
     """Settings of the priors besides weights; what is left out has its default."""
@@ -63,6 +66,7 @@ class InversionConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {' '.join(map(str, self.betas))} are not two numbers in [0, 1)")
         _require(self.lr_schedule, LR_SCHEDULES, "--lr_schedule")
+        _require(self.init, INITS, "--init")
         if not 0 <= self.warmup < self.iterations:
             raise UserError(f"--warmup {self.warmup} is not in [0, {self.iterations}), the iterations")
         if self.batch_size < 1:
@@ -143,6 +147,8 @@ class InversionConfig:
         same = {**asdict(self), **lists, **schedule, "lr": float(self.lr), "weights": weights, "options": options}
         if self.strategy != "pri":
             del same["pri_division"]
+        if self.init == "white":  # as in pools from before there was a choice
+            del same["init"]
         return same
 
     @classmethod

@@ -147,7 +147,7 @@ class Inverter:
         """
         config, generator = self.config, batch_generator(self.config.seed, batch_index)
         labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
-        canvas = PatchCanvas.noise(self.vit.grid, self.trajectories, generator, self.device)
+        canvas = PatchCanvas.noise(self.vit.grid, self.trajectories, generator, self.device, config.init)
         draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator, config.flip))
         self.begin(batch_index, generator)
         losses, finished, snapshots = LossLog(config.iterations, self.device), [], []

@@ -24,7 +24,7 @@ from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
 
 STEP_IMAGES = 8
-"""Images a step."""
+"""Whole images a step; of sparse ones as many as have that many patches."""
 DROP = 0.5
 """Share of activations in full precision."""
 ROUNDING_LR, SCALE_LR = 2e-2, 2e-3
@@ -92,18 +92,19 @@ def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages
     Args:
         reference: the full-precision model, `wrapped`.
         quantized: its calibrated copy.
-        images: calibration images, any number; `STEP_IMAGES` of them a step.
+        images: calibration images, any number; `STEP_IMAGES` a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
     """
     generator = torch.Generator(quantized.device).manual_seed(config.seed)
     end = None if config.reconstruct_seconds is None else time.monotonic() + config.reconstruct_seconds
     count = len(quantized.blocks) + 2
+    step_images = STEP_IMAGES * quantized.grid.count // images.positions.shape[1]
     with tqdm(total=count * config.reconstruct_steps, desc="reconstruction", unit="step") as bar:
         for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)
-            _reconstruct_stage(stage, reference, quantized, config, seconds, generator, bar)
+            _reconstruct_stage(stage, reference, quantized, config, step_images, seconds, generator, bar)
             bar.update((number + 1) * config.reconstruct_steps - bar.n)
 
 
@@ -112,6 +113,7 @@ def _reconstruct_stage(
     reference: SparseViT,
     quantized: SparseViT,
     config: QuantConfig,
+    step_images: int,
     seconds: float | None,
     generator: torch.Generator,
     bar: tqdm,
@@ -129,7 +131,7 @@ def _reconstruct_stage(
                 progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
             if progress >= 1:
                 break
-            chosen = torch.randperm(len(target), generator=generator, device=target.device)[:STEP_IMAGES]
+            chosen = torch.randperm(len(target), generator=generator, device=target.device)[:step_images]
             mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
             error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
             loss = error

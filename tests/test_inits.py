@@ -1,0 +1,51 @@
+"""What pixels are at first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inversion import ImagePool, InversionConfig, Inverter
+from inversion.inits import INITS
+from tests.conftest import tiny_model
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 48)])
+def test_pink_noise_has_the_spectrum_and_the_brightness_of_natural_images(size):
+    """Amplitude 1 / frequency, so power in an octave above is a quarter; variance 1; images differ in their mean."""
+    images = INITS["pink"]((256, 3, *size), torch.Generator().manual_seed(0))
+    assert images.shape == (256, 3, *size)
+    assert images.square().mean().item() == pytest.approx(1, abs=0.1)
+    assert images.mean(dim=(2, 3)).std() > 0.15  # of white noise about 1 / 32
+    power = torch.fft.fft2(images[:, 0]).abs().square().mean(dim=0)
+    for low, high in ((2, 4), (3, 6), (5, 10)):
+        assert (power[0, low] / power[0, high]).item() == pytest.approx(4, rel=0.4)
+        assert (power[low, 0] / power[high, 0]).item() == pytest.approx(4, rel=0.4)
+    channels = torch.corrcoef(images.transpose(0, 1).flatten(1))
+    assert channels[0, 1].item() == pytest.approx(0.9, abs=0.03)
+
+
+def test_images_start_from_the_noise_that_was_asked_for():
+    shown = {}
+    for name in INITS:
+        config = InversionConfig(iterations=1, batch_size=16, init=name)
+        Inverter(tiny_model(), config, CPU).invert(0, on_stage=lambda start, name=name: shown.update({name: start}))
+    spread = {name: start.canvas.pixels.mean(dim=(1, 2, 3, 4)).std().item() for name, start in shown.items()}
+    assert spread["pink"] > 5 * spread["white"]
+
+
+def test_another_start_is_another_pool_and_the_published_one_is_where_it_was(tmp_path):
+    model = tiny_model()
+    white, pink = (ImagePool(tmp_path, model, InversionConfig(iterations=2, init=name)) for name in ("white", "pink"))
+    assert white.path != pink.path
+    assert "init" not in white.config.settings()  # so that pools made before there was a choice are found
+    for config in (white.config, pink.config):
+        assert InversionConfig.from_settings(config.settings()).settings() == config.settings()
+
+
+def test_unknown_start():
+    with pytest.raises(UserError, match="--init brown is unknown; there are white, pink"):
+        InversionConfig(init="brown")
