@@ -2,13 +2,16 @@
 """Which activation ranges do images give: the width of every quantizer's range against that from real images.
 
 OUTPUT gets ranges.json and ranges.png, a panel for each kind of place, blocks from left to right; 1 is real images'.
+With --exchange, exchange.json: which places' ranges have to come from real images for accuracy to be what theirs is.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,9 +21,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 import test_quant
 from models import DEFAULT_MODEL, SparseViT
-from quant import quantize
+from quant import OBSERVERS, evaluate, fitting, quantize
 from quant.insert import quantizers
 from quant.quantizers import ActivationQuantizer
+from quant.reparameterization import NormSite, norm_sites
 from scripts import compare
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
@@ -42,27 +46,82 @@ def widths(quantized: SparseViT) -> dict[str, float]:
     }
 
 
+def exchanged(
+    quantized: SparseViT, source: SparseViT, kinds: Collection[str], sites: Collection[NormSite]
+) -> SparseViT:
+    """A copy of `quantized` with the ranges of these kinds of places from `source`, the same model on other images.
+
+    A range that was moved into the norm of one of `sites` comes with the norm and all layers that read it.
+    """
+    names = {name.removesuffix(".quantizer") for name in quantizers(quantized) if kind(name) in kinds}
+    for site in sites:
+        if not names.isdisjoint(site.readers):
+            names |= {site.norm, *site.readers}
+    vit = copy.deepcopy(quantized)
+    for name in names:
+        vit.set_submodule(name, copy.deepcopy(source.get_submodule(name)))
+    return vit
+
+
+def exchange(
+    bench: compare.Bench, models: dict[str, list[SparseViT]], sites: Collection[NormSite]
+) -> list[dict[str, str | float]]:
+    """Mean top-1 of every method with each kind's ranges from the real images of the same seed."""
+    kinds = list(dict.fromkeys(map(kind, quantizers(models["real"][0]))))
+    rows = []
+    for label, chosen in {"none": [], **{name: [name] for name in kinds}, "all": kinds}.items():
+        made = {
+            (method, seed): exchanged(model, models["real"][seed], chosen, sites)
+            for method, seeds in models.items()
+            for seed, model in enumerate(seeds)
+            if method != "real"
+        }
+        top1 = {key: result["top1"] for key, result in evaluate(made, bench.data, bench.device, quiet=True).items()}
+        rows.append({"from_real": label})
+        for method, _ in made:
+            rows[-1][method] = statistics.mean(value for (name, _), value in top1.items() if name == method)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     """Calibrate once per method and seed; print and write each range's width over the mean width of real images."""
-    args, others = compare.parse_arguments(argv, __doc__, "./runs/ranges")
+    parser = compare.grid_parser(__doc__, "./runs/ranges")
+    parser.add_argument(
+        "--exchange",
+        action="store_true",
+        help="evaluate the models of the other images with one kind of places' ranges from real images at a time",
+    )
+    args, others = compare.parse_arguments(parser, argv)
     if "real" not in args.baselines:
         raise UserError("ranges are held against those of real images; let --baselines have real among them")
+    if any(a_bit == 32 for _, a_bit in args.bits):
+        raise UserError("32-bit activations have no ranges; give --bits fewer")
     output, name = writable_folder(args.output, "--output"), (args.models or [DEFAULT_MODEL])[0]
-    bench = compare.Bench(name, test_quant.parser().parse_args([*others, "--model", name]))
+    run = test_quant.parser().parse_args([*others, "--model", name])
+    if args.exchange and (run.reconstruct or run.bias_correction):
+        raise UserError("--exchange is for ranges alone; leave --reconstruct and --bias_correction out")
+    bench = compare.Bench(name, run)
     sources, run = bench.sources(args, others, output)
-    rows = []
+    rows, swaps = [], []
     for w_bit, a_bit in args.bits:
-        config = test_quant.quant_config(run, w_bit, a_bit)
-        found = {
-            method: [widths(quantize(bench.vit, images, config)) for images in sets] for method, sets in sources.items()
-        }
+        config, width = fitting(bench.vit, test_quant.quant_config(run, w_bit, a_bit)), f"W{w_bit}/A{a_bit}"
+        models = {method: [quantize(bench.vit, images, config) for images in sets] for method, sets in sources.items()}
+        found = {method: [widths(model) for model in made] for method, made in models.items()}
         for place in found["real"][0]:
             mean = {method: statistics.mean(seed[place] for seed in seeds) for method, seeds in found.items()}
             ratios = {method: mean[method] / mean["real"] for method in mean}
-            rows.append({"width": f"W{w_bit}/A{a_bit}", "place": place, "real_range": mean["real"], **ratios})
+            rows.append({"width": width, "place": place, "real_range": mean["real"], **ratios})
+        if args.exchange:
+            sites = norm_sites(bench.vit) if OBSERVERS[config.method].reparameterize else []
+            swaps += [{"width": width, **row} for row in exchange(bench, models, sites)]
     write_json(output / "ranges.json", rows)
     save_ranges(output / "ranges.png", [row for row in rows if row["width"] == rows[-1]["width"]], list(sources))
     print_medians(rows, list(sources))
+    if swaps:
+        write_json(output / "exchange.json", swaps)
+        changed = [method for method in sources if method != "real"]
+        lines = [[row["width"], row["from_real"], *(f"{row[m]:.2f}" for m in changed)] for row in swaps]
+        print(table(["width", "ranges from real", *(f"{m}, top-1 %" for m in changed)], lines))
     print(f"ranges and picture: {output}")
     return rows
 

@@ -61,16 +61,19 @@ def bits(text: str) -> tuple[int, int]:
     return w_bit, a_bit
 
 
-def parse_arguments(
-    argv: list[str] | None, about: str = __doc__, output: str = "./runs/compare"
-) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and those that go to test_quant.py as they are."""
+def grid_parser(about: str = __doc__, output: str = "./runs/compare") -> Parser:
+    """A parser of the flags that name methods, seeds, models and widths."""
     parser = Parser(about + " Every other flag goes to test_quant.py.")
     add_grid_arguments(parser, seed=0)
     parser.add_argument(
         "--bits", nargs="+", type=bits, default=[(8, 8), (4, 8), (4, 4)], metavar="W/A", help="widths in bits"
     )
     parser.add_argument("--output", metavar="DIR", default=output, help="where everything goes")
+    return parser
+
+
+def parse_arguments(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `parser`, a `grid_parser`, and those that go to test_quant.py as they are."""
     args, others = parser.parse_known_args(argv)
     for flags in (others, *(further_flags("--with", flags) for _, flags in args.extra)):
         refuse_flags(flags, VARIED, "is what this script varies; see --help")
@@ -154,7 +157,7 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run the grid, cell by cell; print and write the means over seeds."""
-    args, others = parse_arguments(argv)
+    args, others = parse_arguments(grid_parser(), argv)
     chosen, output = methods(args), writable_folder(args.output, "--output")
     rows, found, pictures = Rows(output), [], {}
     names = args.models or [DEFAULT_MODEL]

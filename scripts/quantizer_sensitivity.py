@@ -48,7 +48,7 @@ def without(vit: SparseViT, parts: list[str]) -> SparseViT:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Calibrate once per method and seed, leave out, evaluate; print and write the means over seeds."""
-    args, others = compare.parse_arguments(argv, __doc__, "./runs/sensitivity")
+    args, others = compare.parse_arguments(compare.grid_parser(__doc__, "./runs/sensitivity"), argv)
     output, name = writable_folder(args.output, "--output"), (args.models or [DEFAULT_MODEL])[0]
     bench = compare.Bench(name, test_quant.parser().parse_args([*others, "--model", name]))
     sources, run = bench.sources(args, others, output)

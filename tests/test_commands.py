@@ -303,6 +303,23 @@ def test_ranges_of_noise_are_held_against_those_of_real_images(tmp_path):
     assert Image.open(tmp_path / "ranges.png").size[0] > 400
     with pytest.raises(UserError, match="real"):
         activation_ranges.main([*flags, "--baselines", "gaussian"])
+    with pytest.raises(UserError, match="32-bit"):
+        activation_ranges.main([*flags, "--bits", "4/32"])
+
+
+@pytest.mark.parametrize("observer", ["minmax", "repq"])
+def test_noise_with_every_range_of_real_images_is_as_accurate_as_they_are(observer, tmp_path):
+    flags = ["--strategies", "--bits", "4/4", "--observer", observer, "--val_limit", "60"]
+    activation_ranges.main([*flags, "--exchange", "--output", str(tmp_path / "ranges")])
+    rows = json.loads((tmp_path / "ranges" / "exchange.json").read_text())
+    found = {row["from_real"]: row["gaussian"] for row in rows}
+    compared = {row["method"]: row["top1"] for row in compare.main([*flags, "--output", str(tmp_path / "compare")])}
+    assert found["all"] == pytest.approx(compared["real"])
+    assert found["none"] == pytest.approx(compared["gaussian"])
+    assert {"qkv", "fc1", "v", "head"} < found.keys()
+    assert len(set(found.values())) > 3
+    with pytest.raises(UserError, match="--exchange"):
+        activation_ranges.main([*flags, "--exchange", "--reconstruct", "--output", str(tmp_path)])
 
 
 def test_missing_patches_of_real_images_cost_accuracy_at_low_widths(tmp_path):
