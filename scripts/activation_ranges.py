@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 import test_quant
 from models import DEFAULT_MODEL, SparseViT
@@ -154,8 +154,9 @@ def save_ranges(path: Path, rows: list[dict], methods: list[str]) -> None:
         if first is None:
             first = axes
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_major_locator(LogLocator(base=2**0.25, numticks=8))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.legend(fontsize=7)
     figure.supylabel("width / width from real images", fontsize=8)
     figure.supxlabel("block", fontsize=8)
