@@ -27,7 +27,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from inversion.config import InversionConfig
 from inversion.engine import InvertedBatch, Snapshot
-from models import LoadedModel, PatchGrid, SparseImages
+from models import LoadedModel, SparseImages
+from models.registry import short_name
 from utils.data import load_rgb
 from utils.errors import UserError
 from utils.files import atomic, read_json, writable_folder, write_json
@@ -51,15 +52,14 @@ class ImagePool:
     def __init__(self, root: str | Path, model: LoadedModel, config: InversionConfig) -> None:
         self._describe(model, config)
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
-        name = re.sub(r"[^\w.]+", "_", model.name.rstrip("/").split("/")[-1])
+        name = re.sub(r"[^\w.]+", "_", short_name(model.name))
         self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
         with rank_zero_first():
             self._open()
 
     def _describe(self, model: LoadedModel, config: InversionConfig) -> None:
         self.model, self.config = model, config
-        grid = model.vit.patch_embed
-        self.grid = PatchGrid(*grid.grid_size, *grid.patch_size)
+        self.grid = model.grid
         self.description = {
             "format_version": FORMAT_VERSION,
             "model": {

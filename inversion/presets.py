@@ -1,6 +1,12 @@
-"""Published settings as a whole: `--preset NAME`. A flag that is given wins over them."""
+"""Published settings as a whole, and a configuration out of a preset, priors by name and single settings."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inversion.config import InversionConfig
+from inversion.priors import PRIORS, options, terms
+from utils.errors import UserError
 
 PRESETS: dict[str, dict[str, object]] = {
     # Hu et al., ICML 2024: DeepInversion's loss without what a ViT has not, on a schedule.
@@ -8,18 +14,18 @@ PRESETS: dict[str, dict[str, object]] = {
         "prior": ["deepinversion"],
         "strategy": "smi",
         "iterations": 4000,
-        "lr_g": 0.25,
+        "lr": 0.25,
         "prune_it": [50, 100, 200, 300],
         "prune_ratio": [0.3, 0.3, 0.3, 0.3],
     },
     # Yin et al., CVPR 2020, for ImageNet; its batch-norm term needs a CNN: add --bn 0.05.
-    "deepinversion": {"prior": ["deepinversion"], "strategy": "dense", "iterations": 4000, "lr_g": 0.25, "l2": 1e-5},
+    "deepinversion": {"prior": ["deepinversion"], "strategy": "dense", "iterations": 4000, "lr": 0.25, "l2": 1e-5},
     # Li et al., ECCV 2022, for DeiT.
     "psaq_vit": {
         "prior": ["psaq"],
         "strategy": "dense",
         "iterations": 500,
-        "lr_g": 0.25,
+        "lr": 0.25,
         "betas": [0.5, 0.9],
         "lr_schedule": "cosine",
         "warmup": 100,
@@ -27,3 +33,39 @@ PRESETS: dict[str, dict[str, object]] = {
     # Fang et al., IJCAI 2021; pixels are optimized here, not a generator, and TV stands in for it.
     "cmi": {"prior": ["deepinversion", "cmi"], "strategy": "dense", "iterations": 200, "oh": 0.5, "cr": 0.8},
 }
+
+
+def configured(preset: str | None = None, prior: Sequence[str] | None = None, **settings: object) -> InversionConfig:
+    """A configuration in the words of the command line: `configured("smi", prior=["psaq"], iterations=500, tv2=0.02)`.
+
+    Args:
+        preset: a key of `PRESETS`; what is given beside it wins.
+        prior: keys of `PRIORS`, whose terms have their published weights; `deepinversion` alone if None.
+        settings: fields of `InversionConfig`, weights of terms and options of priors, each by its name.
+
+    Raises:
+        UserError: an unknown name, or settings that make no sense.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
+    given = {**settings} if prior is None else {**settings, "prior": prior}
+    # A schedule that is given says by itself whether the run is sparse; a strategy without one does not inherit it.
+    if "prune_it" in given:
+        dropped = ("strategy", "prune_ratio")
+    else:
+        dropped = ("prune_it", "prune_ratio") if given.get("strategy") in ("dense", "pri") else ()
+    kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}
+    chosen = {**kept, **given}
+    known, extras = terms(), options()
+    weights = {"oh": known["oh"].weight}
+    for name in chosen.pop("prior", ["deepinversion"]):
+        if name not in PRIORS:
+            raise UserError(f"--prior {name} is unknown; there are {', '.join(PRIORS)}")
+        weights |= {term: one.weight for term, one in PRIORS[name].terms.items()}
+    weights |= {name: float(chosen[name]) for name in known if name in chosen}
+    fields = {name: value for name, value in chosen.items() if name not in known and name not in extras}
+    unknown = fields.keys() - InversionConfig.__dataclass_fields__.keys()
+    if unknown:
+        raise UserError(f"an inversion has no setting {sorted(unknown)[0]}")
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return InversionConfig(**frozen, weights=weights, options={name: chosen[name] for name in extras if name in chosen})

@@ -6,18 +6,19 @@ import fcntl
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
+from inversion.config import InversionConfig
 from inversion.engine import Inverter, Progress, StageStart
 from inversion.events import write_events
 from inversion.pool import ImagePool
 from models import LoadedModel
-from utils.device import peak_memory_bytes, reset_peak_memory
+from utils.device import peak_memory_bytes, pick_device, reset_peak_memory
 from utils.errors import UserError
 from utils.files import append_json_line, read_json_lines
 from utils.ranks import rank, ranks, wait_for_all
@@ -25,27 +26,59 @@ from utils.ranks import rank, ranks, wait_for_all
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """What the images of a pool are and cost.
+    """What the images of a pool are and cost; the defaults are those of images that nobody had to invert.
 
     `seconds`: of all batches added up, whichever rank made them; None where they were made by a run logged elsewhere.
     """
 
-    strategy: str | None
-    images: int
-    iterations: int
-    seconds: float | None
-    patches_per_stage: list[int]
-    flops: int
-    peak_memory_bytes: int
-    pool: str | None
+    strategy: str | None = None
+    images: int = 0
+    iterations: int = 0
+    seconds: float | None = 0.0
+    patches_per_stage: list[int] = field(default_factory=list)
+    flops: int = 0
+    peak_memory_bytes: int = 0
+    pool: str | None = None
+
+
+def invert(
+    model: LoadedModel,
+    config: InversionConfig,
+    count: int | None = None,
+    datapool: str | Path = "./datapool",
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    on_stage: Callable[[StageStart], None] | None = None,
+) -> ImagePool:
+    """Images out of a model (Hu et al., ICML 2024): a pool of at least `count` of them, `pool.read(count)` gives them.
+
+    What the pool holds already is not made again; a run that was stopped goes on from its last finished batch.
+
+    Args:
+        model: what `load_model` or `LoadedModel.of` gave.
+        config: the inversion.
+        count: images; a last batch is made whole. None: one batch.
+        datapool: folder of pools; this model and configuration have one of their own in it.
+        device: where to run; None: a GPU if there is one.
+        progress: show a progress bar on stderr.
+        on_stage: called at the start of every stage of every batch that is made here; may change the pixels in place.
+
+    Raises:
+        UserError: the folder cannot be written or another process is filling the pool, the loss is no longer finite, or
+            the model lacks what the configuration needs.
+    """
+    pool = ImagePool(datapool, model, config)
+    device = torch.device(device) if device is not None else pick_device("auto")
+    synthesize(pool, config.batch_size if count is None else count, device, progress=progress, on_stage=on_stage)
+    return pool
 
 
 def synthesize(
     pool: ImagePool,
     count: int,
     device: torch.device,
-    log: Path,
-    quiet: bool = False,
+    log: Path | None = None,
+    progress: bool = False,
     student: LoadedModel | None = None,
     on_stage: Callable[[StageStart], None] | None = None,
     tensorboard: Path | None = None,
@@ -59,8 +92,8 @@ def synthesize(
         count: images; a last batch is synthesized whole.
         device: where to run.
         log: a file of JSON lines that the seconds of each batch are appended to (the pool itself holds no timing, so
-            that two runs write the same bytes).
-        quiet: no progress bar.
+            that two runs write the same bytes); None keeps none, and the report has no seconds.
+        progress: show a progress bar on stderr.
         student: for the adversarial loss.
         on_stage: called at the start of every stage of every batch that is made here.
         tensorboard: a folder for loss and patches in TensorBoard's format.
@@ -85,14 +118,15 @@ def synthesize(
         missing = [batch for batch in batches if not pool.has(batch)]
         wait_for_all()  # before anyone adds one
         missing = missing[rank() :: ranks()]
-        quiet = quiet or not missing or rank() > 0
-        with tqdm(total=len(missing) * config.iterations, unit="it", disable=quiet, desc="inversion") as bar:
+        hidden = not (progress and missing) or rank() > 0
+        with tqdm(total=len(missing) * config.iterations, unit="it", disable=hidden, desc="inversion") as bar:
             for number, batch in enumerate(missing):
                 reset_peak_memory(device)
                 start = time.perf_counter()
                 inverted = inverter.invert(batch, _shown(bar, number * config.iterations), on_stage)
                 pool.write(batch, inverted)
-                _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
+                if log is not None:
+                    _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
                 if tensorboard is not None:
                     write_events(tensorboard, batch, inverted.losses.tolist(), inverter.stages)
         wait_for_all()
@@ -100,15 +134,15 @@ def synthesize(
 
 
 def synthesis_report(
-    pool: ImagePool, count: int, device: torch.device, log: Path, student: LoadedModel | None = None
+    pool: ImagePool, count: int, device: torch.device, log: Path | None = None, student: LoadedModel | None = None
 ) -> SynthesisReport:
     """What the first `count` images of a pool, all of them made, are and cost. Arguments as for `synthesize`."""
     return _report(pool, count, Inverter(pool.model, pool.config, device, student, pool.before), log)
 
 
-def _report(pool: ImagePool, count: int, inverter: Inverter, log: Path) -> SynthesisReport:
+def _report(pool: ImagePool, count: int, inverter: Inverter, log: Path | None) -> SynthesisReport:
     config, batches = pool.config, range(math.ceil(count / pool.config.batch_size))
-    logged = _logged(log, pool)
+    logged = {} if log is None else _logged(log, pool)
     known = [logged[batch] for batch in batches if batch in logged]
     return SynthesisReport(
         strategy=config.strategy,

@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from kt.augment import augmented, drawn, take
+from kt.augment import AUGMENTATIONS, augmented, drawn, take
 from models import LoadedModel, SparseImages, SparseViT
+from utils.checkpoint import Checkpoint
+from utils.device import pick_device
 from utils.errors import UserError
-from utils.ranks import rank, ranks, summed
+from utils.ranks import rank, ranks, summed, wait_for_all
 
 OPTIMIZERS = ("sgd", "adamw")
+LR_SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a student learns; the defaults are the published setting.
+
+    `batch_size`: images a step, over all ranks. `steps`: of each epoch; `eval_every`: epochs between two evaluations.
+    `optimizer`: `sgd` (momentum 0.9) or `adamw`, weight decay 1e-4, with learning rate `lr`, which `lr_schedule`
+    `cosine` lets fall to zero over all epochs. `temperature`: of the soft targets. `augment`: names of `AUGMENTATIONS`.
+    `seed`: of the batches and of `augment`.
+
+    Raises `UserError` for values that cannot be.
+    """
+
+    batch_size: int = 32
+    epochs: int = 1000
+    steps: int = 1
+    eval_every: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    lr_schedule: str = "constant"
+    temperature: float = 20.0
+    augment: tuple[str, ...] = ("flip", "shift")
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "steps", "eval_every", "lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"distillation: {name} {getattr(self, name)} is not a positive number")
+        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
+        chosen = [(name, getattr(self, name), values) for name, values in known.items()]
+        for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
+            if value not in values:
+                raise UserError(f"distillation: {name} {value} is unknown; there are {', '.join(values)}")
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -37,47 +77,28 @@ class Distiller:
     """A student in training. With several ranks each takes a part of every batch, and gradients are averaged.
 
     Args:
-        teacher: gives the targets; frozen.
+        teacher: gives the targets; copied and frozen.
         student: from `load_student`; what requires gradients learns.
+        config: how.
         device: where both run.
-        batch_size: images a step, over all ranks.
-        temperature: of the soft targets.
-        optimizer: `sgd` (momentum 0.9) or `adamw`.
-        lr: its learning rate; weight decay is 1e-4.
-        decay_steps: the learning rate falls to zero over so many steps, along half a cosine; None keeps it.
-        augment: names of `AUGMENTATIONS`.
-        seed: of the batches and the augmentation.
 
     Raises:
         UserError: a batch that the ranks cannot divide evenly.
     """
 
-    def __init__(
-        self,
-        teacher: LoadedModel,
-        student: LoadedModel,
-        device: torch.device,
-        batch_size: int = 32,
-        temperature: float = 20.0,
-        optimizer: str = "sgd",
-        lr: float = 0.1,
-        decay_steps: int | None = None,
-        augment: Sequence[str] = ("flip", "shift"),
-        seed: int = 42,
-    ) -> None:
-        if batch_size % ranks():
-            raise UserError(f"--kr-batchsize {batch_size} cannot be divided evenly among {ranks()} ranks")
-        self.device, self.batch_size, self.temperature, self.augment = device, batch_size, temperature, tuple(augment)
+    def __init__(self, teacher: LoadedModel, student: LoadedModel, config: DistillConfig, device: torch.device) -> None:
+        if config.batch_size % ranks():
+            raise UserError(f"--kr-batchsize {config.batch_size} cannot be divided evenly among {ranks()} ranks")
+        self.config, self.device, self.steps = config, device, 0
         self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
-        self.student = SparseViT(student.vit.to(device))
+        self.student = student.sparse(device)
         self.model = DistributedDataParallel(self.student) if ranks() > 1 else self.student
         learning = [p for p in self.student.parameters() if p.requires_grad]
-        if optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(learning, lr=lr, momentum=0.9, weight_decay=1e-4)
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(learning, lr=config.lr, momentum=0.9, weight_decay=1e-4)
         else:
-            self.optimizer = torch.optim.AdamW(learning, lr=lr, weight_decay=1e-4)
-        self.lr, self.decay_steps, self.steps = lr, decay_steps, 0
-        self.generator = torch.Generator().manual_seed(seed)
+            self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def run(self, images: SparseImages, steps: int) -> float:
         """`steps` steps on batches drawn from `images`. Returns the mean loss.
@@ -99,17 +120,17 @@ class Distiller:
 
     def _step(self, images: SparseImages) -> Tensor:
         # Every rank draws the whole batch, from the same random numbers, and takes its part.
-        batch = drawn(images, self.batch_size, self.generator)
-        batch = augmented(batch, self.student.grid, self.augment, self.generator)
+        batch = drawn(images, self.config.batch_size, self.generator)
+        batch = augmented(batch, self.student.grid, self.config.augment, self.generator)
         batch = take(batch, slice(rank(), None, ranks()))
         patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
         with torch.no_grad():
             target = self.teacher(patches, positions).logits
-        loss = distillation_loss(self.model(patches, positions).logits, target, self.temperature)
-        if self.decay_steps is not None:
-            done = min(self.steps / self.decay_steps, 1)
+        loss = distillation_loss(self.model(patches, positions).logits, target, self.config.temperature)
+        if self.config.lr_schedule == "cosine":
+            done = min(self.steps / (self.config.epochs * self.config.steps), 1)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * (1 + math.cos(math.pi * done)) / 2
+                group["lr"] = self.config.lr * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -135,3 +156,87 @@ class Distiller:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         self.generator.set_state(state["random"])
+
+
+@dataclass
+class Distilled:
+    """What a student learnt, or where it stands.
+
+    `history`: for each epoch its mean `loss`, `images` it drew from and `top1` (None where there was no evaluation).
+    `best_weights`: those that `best_top1` was measured with. `seconds`: of the steps. `images`: of the last epoch.
+    """
+
+    history: list[dict] = field(default_factory=list)
+    best_top1: float = -1.0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    images: int = 0
+
+    def evaluated(self, distiller: Distiller, evaluate: Callable[[SparseViT], float]) -> None:
+        """Let the student's accuracy stand beside the last epoch, and keep the student if it is the best."""
+        top1 = evaluate(distiller.student)
+        self.history[-1]["top1"] = top1
+        if top1 > self.best_top1:
+            self.best_top1, self.best_weights = top1, distiller.weights()
+
+    @property
+    def last_top1(self) -> float:
+        """Of the last evaluation."""
+        return next(entry["top1"] for entry in reversed(self.history) if entry["top1"] is not None)
+
+
+def distill(
+    teacher: LoadedModel,
+    student: LoadedModel,
+    images: SparseImages | Callable[[int], SparseImages],
+    config: DistillConfig,
+    device: torch.device | str | None = None,
+    evaluate: Callable[[SparseViT], float] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = False,
+) -> Distilled:
+    """Let a student imitate a teacher on images that stand in for the data (Hinton et al., 2015).
+
+    The student is changed in place: it ends as it was at its best evaluation, or as the last step left it.
+
+    Args:
+        teacher: gives the targets; left alone.
+        student: from `load_student`.
+        images: kept patches, the same for every epoch; or a function of the 0-based number of the epoch.
+        config: how.
+        device: where to run; None: a GPU if there is one.
+        evaluate: gives the student's top-1 in per cent; None: it is not evaluated.
+        checkpoint: where every epoch leaves its state, and whose state the training goes on from.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: no images, a loss that is no longer finite, or a batch that the ranks cannot divide evenly.
+    """
+    device = torch.device(device) if device is not None else pick_device("auto")
+    of_epoch = images if callable(images) else lambda epoch: images
+    distiller, found = Distiller(teacher, student, config, device), Distilled()
+    state = None if checkpoint is None else checkpoint.state
+    if state is not None:
+        distiller.load_state_dict(state["distiller"])
+        found = Distilled(**state["progress"])
+    begun, hidden = len(found.history), not progress or rank() > 0
+    with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
+        for epoch in range(begun, config.epochs):
+            fed = of_epoch(epoch)
+            start = time.perf_counter()
+            loss = distiller.run(fed, config.steps)
+            found.seconds += time.perf_counter() - start
+            found.images = len(fed)
+            found.history.append({"loss": round(loss, 5), "top1": None, "images": len(fed)})
+            if evaluate is not None and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+                found.evaluated(distiller, evaluate)
+            if checkpoint is not None and rank() == 0:
+                checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
+            bar.set_postfix(loss=f"{loss:.4g}", best=f"{found.best_top1:.2f}", images=len(fed), refresh=False)
+            bar.update()
+    if evaluate is not None:
+        if not found.best_weights:  # stopped before its first evaluation, and told to end there
+            found.evaluated(distiller, evaluate)
+        distiller.student.load_state_dict(found.best_weights)
+    wait_for_all()
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from timm.models import save_for_hf
@@ -16,30 +17,49 @@ BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
 
 
-def load_student(
-    teacher: LoadedModel, name: str | None, path: str | Path | None, init: str, finetune: str
-) -> LoadedModel:
+INITS, FINETUNE = ("pretrained", "scratch"), ("linear", "full")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Which student, from which weights, and what of it learns.
+
+    `name`: an architecture that `load_model` knows; the teacher's own if None. `path`: backbone weights, a file or a
+    folder; None takes timm's, or the bundled one for the bundled teacher. `init`: `pretrained` or `scratch`.
+    `finetune`: `linear` lets the new head alone learn, `full` everything.
+
+    Raises `UserError` for values that do not go together.
+    """
+
+    name: str | None = None
+    path: str | Path | None = None
+    init: str = "pretrained"
+    finetune: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS or self.finetune not in FINETUNE:
+            raise UserError(f"a student is {' or '.join(INITS)}, and {' or '.join(FINETUNE)}")
+        if self.init == "scratch" and self.path is not None:
+            raise UserError("--student_init scratch starts from random weights; leave out --student_path")
+        if self.init == "scratch" and self.finetune == "linear":
+            raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
+
+
+def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
     """A student with a new head for the teacher's classes.
 
     Args:
         teacher: whose task it will learn.
-        name: an architecture that `load_model` knows; the teacher's own if None.
-        path: backbone weights, a file or a folder; None takes timm's, or the bundled one for the bundled teacher.
-        init: `pretrained` or `scratch`.
-        finetune: `linear` lets the head alone learn, `full` everything.
+        config: what it is.
 
     Raises:
         UserError: no pretrained backbone to start from, or a student that cannot see the teacher's patches.
     """
-    scratch = init == "scratch"
-    if scratch and path is not None:
-        raise UserError("--student_init scratch starts from random weights; leave out --student_path")
-    if scratch and finetune == "linear":
-        raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
+    scratch, path = config.init == "scratch", config.path
     if not scratch and path is None:
-        path = _backbone(teacher, name)
+        path = _backbone(teacher, config.name)
     student = load_model(
-        name or teacher.name, path, random_weights=scratch, classes=teacher.classes, path_flag="--student_path"
+        config.name or teacher.name, path, random_weights=scratch, classes=teacher.classes, path_flag="--student_path"
     )
     ours, theirs = (model.vit.patch_embed for model in (student, teacher))
     if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
@@ -51,7 +71,7 @@ def load_student(
     student.vit.reset_classifier(teacher.classes)
     heads = {id(p) for name in ("head", "head_dist") for p in getattr(student.vit, name, nn.Identity()).parameters()}
     for parameter in student.vit.parameters():
-        parameter.requires_grad_(finetune == "full" or id(parameter) in heads)
+        parameter.requires_grad_(config.finetune == "full" or id(parameter) in heads)
     return student
 
 

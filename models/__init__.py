@@ -2,12 +2,13 @@
 
 from models.packed import pack_blocks
 from models.patches import PatchGrid, SparseImages
-from models.registry import DEFAULT_MODEL, LoadedModel, load_model
+from models.registry import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.sparse_vit import SparseViT, ViTOutput
 
 __all__ = [
     "DEFAULT_MODEL",
     "LoadedModel",
+    "ModelConfig",
     "PatchGrid",
     "SparseImages",
     "SparseViT",

@@ -78,6 +78,11 @@ class SparseImages:
         """Whole images (B, C, H, W) with all their patches."""
         return cls(grid.patchify(images), grid.all_positions(len(images)), labels)
 
+    def joined(self, others: SparseImages) -> SparseImages:
+        """These images and, after them, others that keep as many patches."""
+        pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions", "labels"))
+        return SparseImages(*(torch.cat(pair) for pair in pairs))
+
     def last(self, count: int) -> SparseImages:
         """The last `count` images, all of them if there are no more."""
         start = max(len(self) - count, 0)

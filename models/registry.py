@@ -15,7 +15,8 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.sparse_vit import require_supported
+from models.patches import PatchGrid
+from models.sparse_vit import SparseViT, require_supported
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -62,6 +63,19 @@ for _size in ("tiny", "small", "base"):
     NAMED_MODELS[f"deit_{_size}_16_cifar100"] = NamedModel(_timm_name, 100, "cifar100", CIFAR100_CFG)
 
 
+def short_name(name: str) -> str:
+    """A model's name without the folder or the hub that it comes from."""
+    return name.rstrip("/").split("/")[-1]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: what `load_model` takes as `name` and `model_path`."""
+
+    name: str = DEFAULT_MODEL
+    path: str | Path | None = None
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a model wants its images, from its timm `pretrained_cfg`."""
@@ -72,6 +86,14 @@ class Preprocessing:
     interpolation: str
     crop_pct: float
     crop_mode: str
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> Preprocessing:
+        """What the configuration of `vit` says; the image's size is what its patch embedding takes."""
+        config = timm.data.resolve_model_data_config(vit)
+        config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+        config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
+        return cls(**{key: config[key] for key in cls.__dataclass_fields__})
 
     def eval_transform(self) -> Callable:
         """PIL image -> normalized tensor of shape `input_size`, by timm's own evaluation transform."""
@@ -105,11 +127,48 @@ class LoadedModel:
     dataset: str | None
     """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
     architecture: tuple[str, dict] | None = None
-    """timm's name of the architecture, and the arguments that make it without weights."""
+    """timm's name of the architecture, and the arguments that make it without weights; None: it cannot be saved."""
+
+    @classmethod
+    def of(
+        cls,
+        vit: VisionTransformer,
+        name: str = "model",
+        dataset: str | None = None,
+        architecture: tuple[str, dict] | None = None,
+    ) -> LoadedModel:
+        """A timm model that one has as an object; it is frozen, and changes to evaluation mode.
+
+        Args:
+            vit: with its weights; normalization and crop are those of its `pretrained_cfg`.
+            name: what pools and reports call it.
+            dataset: as the field.
+            architecture: as the field; found by itself where timm's name and the sizes of images and head are enough.
+
+        Raises:
+            UserError: an architecture that `SparseViT` cannot honour.
+        """
+        require_supported(vit, name)
+        channels = vit.patch_embed.proj.in_channels
+        if channels != 3:
+            raise UserError(f"{name} takes {channels} channels; only RGB models are supported")
+        architecture = architecture or _known_architecture(vit)
+        return cls(name, vit.eval().requires_grad_(False), Preprocessing.of(vit), dataset, architecture)
 
     @property
     def classes(self) -> int:
+        """How many classes it tells apart."""
         return self.vit.num_classes
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The patches of its images."""
+        embed = self.vit.patch_embed
+        return PatchGrid(*embed.grid_size, *embed.patch_size, embed.proj.in_channels)
+
+    def sparse(self, device: torch.device | str = "cpu") -> SparseViT:
+        """The model on kept patches, on `device`; it shares its weights with `vit`, which moves along."""
+        return SparseViT(self.vit).to(device)
 
     def fingerprint(self) -> str:
         """SHA-256 of architecture and weights, first 16 hex digits: what makes two models the same."""
@@ -155,15 +214,7 @@ def load_model(
     require_supported(vit, name)
     if state is not None:
         _load_weights(vit, name, weights, state if classes is None else _with_fitting_head(state, vit))
-    vit.eval().requires_grad_(False)
-    config = timm.data.resolve_model_data_config(vit)
-    config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
-    config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
-    preprocessing = Preprocessing(**{key: config[key] for key in Preprocessing.__dataclass_fields__})
-    if vit.patch_embed.proj.in_channels != 3:
-        raise UserError(f"{name} takes {vit.patch_embed.proj.in_channels} channels; only RGB models are supported")
-    architecture = _architecture(name, named, vit)
-    return LoadedModel(name, vit, preprocessing, named.dataset if named else None, architecture)
+    return LoadedModel.of(vit, name, named.dataset if named else None, _architecture(name, named, vit))
 
 
 def _architecture(name: str, named: NamedModel | None, vit: VisionTransformer) -> tuple[str, dict]:
@@ -176,8 +227,24 @@ def _architecture(name: str, named: NamedModel | None, vit: VisionTransformer) -
         timm_name, args = config["architecture"], config.get("model_args", {})
     elif name.startswith("hf-hub:"):
         _, timm_name, args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+    return timm_name, {**(args or {}), **_sizes(vit)}
+
+
+def _known_architecture(vit: VisionTransformer) -> tuple[str, dict] | None:
+    """What makes a model like `vit`, by the name that timm gave it; None where that gives other weights."""
+    name, args = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture"), _sizes(vit)
+    if not name or not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        made = timm.create_model(name, **args)
+    shapes = ({key: value.shape for key, value in model.state_dict().items()} for model in (vit, made))
+    return (name, args) if next(shapes) == next(shapes) else None
+
+
+def _sizes(vit: VisionTransformer) -> dict[str, object]:
+    """What may differ from timm's model of the same name."""
     size = {"img_size": list(vit.patch_embed.img_size), "global_pool": vit.global_pool}
-    return timm_name, {**(args or {}), **size, "num_classes": vit.num_classes}
+    return {**size, "num_classes": vit.num_classes}
 
 
 def _require_timm_name(name: str) -> None:

@@ -26,7 +26,7 @@ def calibrate(
     return quantize(vit, images, QuantConfig(w_bit, a_bit, observer, batch_size=batch_size))
 
 
-def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> SparseViT:
+def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False) -> SparseViT:
     """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed, or copies of
     them in every place (`config.fill`).
 
@@ -37,6 +37,7 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
         vit: the full-precision model, on its device.
         images: calibration images, normalized; moved to the model's device batch by batch.
         config: widths, observer, and what is done about the error that is left.
+        progress: show a progress bar of the reconstruction on stderr.
 
     Raises:
         UserError: no images, more ranks than batches, `--keep` of a layer that is not there, or a model that the
@@ -46,7 +47,7 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig) -> Spars
     images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
     if config.reconstruct:
-        reconstruct(reference, quantized, images, config)
+        reconstruct(reference, quantized, images, config, progress)
     if config.bias_correction:
         correct_biases(reference, quantized, images, config.batch_size)
     return quantized

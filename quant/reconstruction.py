@@ -86,7 +86,9 @@ class LearnedQuantizer(nn.Module):
         return self.quantizer
 
 
-def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages, config: QuantConfig) -> None:
+def reconstruct(
+    reference: SparseViT, quantized: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False
+) -> None:
     """Learn the rounding and the ranges of `quantized`, in place, stage by stage.
 
     Args:
@@ -95,12 +97,14 @@ def reconstruct(reference: SparseViT, quantized: SparseViT, images: SparseImages
         images: calibration images, any number; `STEP_IMAGES` a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
+        progress: show a progress bar on stderr.
     """
     generator = torch.Generator(quantized.device).manual_seed(config.seed)
     end = None if config.reconstruct_seconds is None else time.monotonic() + config.reconstruct_seconds
     count = len(quantized.blocks) + 2
     step_images = STEP_IMAGES * quantized.grid.count // images.positions.shape[1]
-    with tqdm(total=count * config.reconstruct_steps, desc="reconstruction", unit="step") as bar:
+    total = count * config.reconstruct_steps
+    with tqdm(total=total, desc="reconstruction", unit="step", disable=not progress) as bar:
         for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)

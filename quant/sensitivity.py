@@ -19,7 +19,7 @@ from utils.ranks import rank
 
 
 @torch.no_grad()
-def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig) -> list[dict]:
+def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False) -> list[dict]:
     """Quantize one layer (or tap) after another, all others in full precision; no labels are needed.
 
     Returns:
@@ -33,7 +33,7 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig) -> li
     widths = config.widths(names, len(vit.blocks))
     expected = _log_probabilities(reference, images, config.batch_size)
     rows = []
-    for name in tqdm(names, desc="sensitivity", unit="layer", disable=rank() > 0):
+    for name in tqdm(names, desc="sensitivity", unit="layer", disable=not progress or rank() > 0):
         original = reference.get_submodule(name)
         reference.set_submodule(name, quantized.get_submodule(name))
         found = _log_probabilities(reference, images, config.batch_size)

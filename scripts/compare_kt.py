@@ -3,85 +3,108 @@
 
 Methods are baselines (real images, noise) and every prior with every strategy. Each cell is a run in
 OUTPUT/MODEL-METHOD-STUDENT-sSEED and goes on where it was stopped. OUTPUT gets results.csv, summary.json,
-accuracy.png and images.png.
+accuracy.png, images.png and report.html.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from torch import Tensor
 
-import test_kt
-from inversion import ImagePool
-from models import DEFAULT_MODEL, load_model
+from inversion import ImagePool, SynthesisReport
+from models import ModelConfig, load_model
+from models.registry import short_name
 from scripts.comparison import (
+    REFUSED,
+    VARIES,
     Method,
-    add_grid_arguments,
     costs,
     further_flags,
+    grid_parser,
     means,
-    methods,
     print_table,
     refuse_flags,
-    save_images,
-    short_name,
+    shown_images,
+    variants,
     write_results,
 )
 from utils.cli import Parser
+from utils.device import device_name, pick_device, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
+from utils.flags import transfer_parser, transfer_task
+from utils.transfer_task import TransferTask, transfer_report
 
 STUDENTS = {
     "linear": ["--student_init", "pretrained", "--finetune", "linear"],
     "full": ["--student_init", "pretrained", "--finetune", "full"],
     "scratch": ["--student_init", "scratch", "--finetune", "full"],
 }
-VARIED = {"--model", "--mode", "--seed", "--finetune", "--student_init", "--prior", "--strategy", "--output"}
+TRANSFER_REFUSED = {**REFUSED, "--finetune": VARIES, "--student_init": VARIES}
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and those that go to test_kt.py as they are."""
-    parser = Parser(__doc__ + " Every other flag goes to test_kt.py.")
-    add_grid_arguments(parser, seed=42)
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the comparison: a kind of images and a kind of student, with their task."""
+
+    method: Method
+    student: str
+    task: TransferTask
+
+
+def transfer_grid_parser() -> Parser:
+    """A parser of the flags that name methods, seeds, models and students."""
+    parser = grid_parser(__doc__, "test_kt.py", 42, "./runs/compare_kt")
     add = parser.add_argument
     add("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="what learns, and from which weights")
     add("--linear", metavar="FLAGS", default="", help='further flags where the head alone learns, such as "--lr 0.1"')
     add("--scratch", metavar="FLAGS", default="", help="further flags of students from scratch")
-    add("--output", metavar="DIR", default="./runs/compare_kt", help="where everything goes")
-    args, others = parser.parse_known_args(argv)
-    further = [further_flags(f"--{name}", getattr(args, name)) for name in ("linear", "scratch")]
-    for flags in (others, *further, *(further_flags("--with", flags) for _, flags in args.extra)):
-        refuse_flags(flags, VARIED, "is what this script varies; see --help")
-        test_kt.parser().parse_args([*others, *flags])  # all flags are read before anything is computed
-    return args, others
+    return parser
 
 
-def run_cell(model: str, method: Method, student: str, seed: int, further: list[str], output: Path) -> dict:
-    """One run of test_kt.py, as a row."""
-    folder = output / f"{short_name(model)}-{method.name}-{student}-s{seed}"
-    print(f"== {model}, {method.name}, {student}, seed {seed}", flush=True)
-    flags = [*further, "--model", model, "--seed", str(seed), *method.flags, *STUDENTS[student]]
-    report = test_kt.main([*flags, "--output", str(folder)])
+def cells_of(args: argparse.Namespace, others: Sequence[str]) -> list[Cell]:
+    """The comparison that the flags of a `transfer_grid_parser` and those for test_kt.py ask for."""
+    cells, parser = [], transfer_parser("")
+    further = {name: further_flags(f"--{name}", getattr(args, name, "")) for name in STUDENTS}
+    for flags in further.values():
+        refuse_flags(flags, TRANSFER_REFUSED)
+        parser.parse_args(flags)  # those of students that are not compared are read as well
+    for student in args.students:
+        flags = [*others, *further[student]]
+        for method, chosen in variants(args, flags, parser, TRANSFER_REFUSED):
+            task = transfer_task(parser.parse_args(STUDENTS[student], chosen))
+            name = f"{short_name(task.model.name)}-{method.name}-{student}-s{task.run.seed}"
+            run = replace(task.run, output=Path(args.output, name))
+            cells.append(Cell(method, student, replace(task, run=run)))
+    return sorted(cells, key=lambda cell: args.models.index(cell.task.model.name))
+
+
+def row_of(cell: Cell) -> dict:
+    """The outcome of a cell's run."""
+    print(f"== {cell.task.model.name}, {cell.method.name}, {cell.student}, seed {cell.task.run.seed}", flush=True)
+    report = transfer_report(cell.task, tell=print)
     return {
         "task": "kt",
-        "model": model,
-        "method": method.name,
-        "data": method.name,
-        "prior": method.prior,
-        "strategy": method.strategy,
-        "seed": seed,
-        "student": student,
+        "model": cell.task.model.name,
+        "method": cell.method.name,
+        "data": cell.method.name,
+        "prior": cell.method.prior,
+        "strategy": cell.method.strategy,
+        "seed": report["seed"],
+        "student": cell.student,
         "finetune": report["finetune"],
         "student_init": report["student_init"],
         "top1": report["student"]["best_top1"],
         "last_top1": report["student"]["top1"],
         "teacher_top1": report["teacher"]["top1"],
-        **costs(report["synthesis"], report["pool"]["images"]),
+        **costs(SynthesisReport(**report["synthesis"]), report["pool"]["images"]),
         "distill_seconds": report["distill"]["seconds"],
         "steps": report["distill"]["steps"],
         "pool": report["pool"]["path"],
@@ -95,51 +118,34 @@ def with_known_costs(rows: list[dict]) -> list[dict]:
     return [{**row, **{key: made[row["pool"]][key] for key in keys}} if row["pool"] in made else row for row in rows]
 
 
-def shown(rows: list[dict], model: str, further: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Images in [0, 1] and labels of every pool of a model, by method, for the first seed."""
-    teacher = load_model(model, test_kt.parser().parse_args(further).model_path)
-    found = {}
+def pool_images(rows: list[dict], model: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first images of every method's first pool of a model: see `save_images`."""
+    found, teacher = {}, load_model(model.name, model.path)
     for row in rows:
-        if row["model"] == model and row["pool"] and row["method"] not in found:
+        if row["model"] == model.name and row["pool"] and row["method"] not in found:
             pool = ImagePool.existing(Path(row["pool"]), teacher)
-            images = pool.read(min(row["images"], 100))
-            pixels = teacher.preprocessing.denormalize(images.patches)
-            found[row["method"]] = pool.grid.unpatchify(pixels, images.positions), images.labels
+            found[row["method"]] = shown_images(teacher, pool.read(min(row["images"], 100)))
     return found
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run every cell, print and write the table."""
-    args, others = parse_arguments(argv)
-    chosen, output = methods(args), writable_folder(args.output, "--output")
-    further = {
-        "linear": further_flags("--linear", args.linear),
-        "full": [],
-        "scratch": further_flags("--scratch", args.scratch),
-    }
-    models = args.models or [DEFAULT_MODEL]
-    rows = [
-        run_cell(model, method, student, seed, [*others, *further[student]], output)
-        for model in models
-        for student in args.students
-        for seed in args.seeds
-        for method in chosen
-    ]
-    rows = with_known_costs(rows)
+    args, others = transfer_grid_parser().parse_known_args(argv)
+    cells = cells_of(args, others)
+    output = writable_folder(args.output, "--output")
+    rows = with_known_costs([row_of(cell) for cell in cells])
     summary = means(rows, ("model", "method", "student"))
-    write_results(output, rows, summary, "student")
-    teachers = [
-        {"data": "teacher", "model": model, "top1": next(row["teacher_top1"] for row in rows if row["model"] == model)}
-        for model in models
-    ]
-    write_json(output / "summary.json", [*summary, *teachers])
-    for number, model in enumerate(models):
-        pictures = shown(rows, model, others)
-        if pictures:
-            save_images(output / ("images.png" if number == 0 else f"images-{short_name(model)}.png"), pictures)
+    models = {cell.task.model.name: cell.task.model for cell in cells}
+    pictures = {name: found for name, model in models.items() if (found := pool_images(rows, model))}
+    run = cells[0].task.run
+    facts = {"device": device_name(pick_device(run.device, run.gpu)), "versions": versions(), "command": args.command}
+    write_results(output, "Students compared", rows, summary, "student", pictures, facts)
+    teachers = {row["model"]: row["teacher_top1"] for row in rows}
+    lines = [{"data": "teacher", "model": model, "top1": top1} for model, top1 in teachers.items()]
+    write_json(output / "summary.json", [*summary, *lines])
     print_table(summary, "student")
-    for teacher in teachers:
-        print(f"teacher {teacher['model']}: {teacher['top1']:.2f}")
+    for model, top1 in teachers.items():
+        print(f"teacher {model}: {top1:.2f}")
     print(f"rows, summary and pictures: {output}")
     return summary
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +16,29 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from inversion.priors import PRIORS
-from inversion.strategies import STRATEGIES
-from utils.cli import natural
+from inversion import PRIORS, STRATEGIES, SynthesisReport
+from models import DEFAULT_MODEL, LoadedModel, SparseImages
+from models.registry import short_name
+from utils.cli import Parser, natural
 from utils.errors import UserError
 from utils.files import append_json_line, atomic, read_json_lines, write_json
 from utils.pictures import save_figure
 from utils.report import duration, table
+from utils.report_page import write_comparison_page
 
 BASELINES = {"real": 2, "gaussian": 1}
 UNSCHEDULED = ("dense", "pri")
+VARIES = "is what this script varies; see --help"
+# Flags of the tasks that a grid has no place for, and why.
+REFUSED = dict.fromkeys(("--model", "--mode", "--images", "--seed", "--prior", "--strategy", "--output"), VARIES)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One kind of images: a baseline, or a prior with a strategy; `flags` ask test_quant.py or test_kt.py for it."""
+    """One kind of images: a baseline, or a prior with a strategy."""
 
     prior: str | None
     strategy: str
-    flags: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -41,21 +46,17 @@ class Method:
         return self.strategy if self.prior in (None, "deepinversion") else f"{self.prior}-{self.strategy}"
 
 
-def add_grid_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
-    """What a grid runs over."""
+def grid_parser(about: str, task: str, seed: int, output: str) -> Parser:
+    """A parser of the flags that name methods, seeds and models; `task` is the script that all others are for."""
+    parser = Parser(f"{about} Every other flag goes to {task}.")
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="models, as for --model; default the bundled one")
+    add("--models", nargs="+", metavar="NAME", default=[DEFAULT_MODEL], help="models, as for --model")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="images that are not inverted")
     add("--priors", nargs="*", choices=PRIORS, default=["deepinversion"], help="priors, each with every strategy")
     add("--strategies", nargs="*", choices=STRATEGIES, default=["dense", "smi"], help="strategies")
-    add(
-        "--prune_it",
-        nargs="+",
-        metavar="T",
-        default=["50", "100", "200", "300"],
-        help="schedule of those that have one",
-    )
-    add("--prune_ratio", nargs="+", metavar="R", default=["0.3"] * 4, help="shares stopped on that schedule")
+    schedule = {"nargs": "+", "help": "schedule of those that have one"}
+    add("--prune_it", type=int, metavar="T", default=[50, 100, 200, 300], **schedule)
+    add("--prune_ratio", type=float, metavar="R", default=[0.3] * 4, **schedule | {"help": "shares stopped on it"})
     add("--seeds", nargs="+", type=natural, default=[seed], help="seeds; the table has their mean")
     add(
         "--with",
@@ -66,29 +67,45 @@ def add_grid_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         default=[],
         help='further flags of one prior or strategy, such as --with psaq "--tvt 0.01"',
     )
+    add("--output", metavar="DIR", default=output, help="where everything goes")
+    return parser
 
 
-def short_name(model: str) -> str:
-    """A model's name without the path or the hub that it comes from."""
-    return model.rstrip("/").split("/")[-1]
+def variants(
+    args: argparse.Namespace, others: Sequence[str], parser: Parser, refused: Mapping[str, str]
+) -> Iterator[tuple[Method, argparse.Namespace]]:
+    """Every method for every model and seed of a `grid_parser`, with what `parser` gives for it.
 
+    Args:
+        args: what the `grid_parser` gave.
+        others: flags of the task, the same for all.
+        parser: the task's.
+        refused: flags that no method may be given, and why.
 
-def methods(args: argparse.Namespace) -> list[Method]:
-    """What `add_grid_arguments` asks for. Raises `UserError` where flags name something that is not compared."""
+    Raises:
+        UserError: a flag that is not to be had, or names something that is not compared.
+    """
     extra = {name: further_flags(f"--with {name}", flags) for name, flags in args.extra}
     unknown = extra.keys() - {*args.priors, *args.strategies}
     if unknown:
         raise UserError(f"--with {sorted(unknown)[0]}: that is neither among --priors nor among --strategies")
-    found = [Method(None, name, ("--mode", str(BASELINES[name]))) for name in args.baselines]
-    for prior in args.priors:
-        for strategy in args.strategies:
-            schedule = ["--prune_it", *args.prune_it, "--prune_ratio", *args.prune_ratio]
-            flags = ["--mode", "0", "--prior", prior, "--strategy", strategy]
-            flags += [] if strategy in UNSCHEDULED else schedule
-            found.append(Method(prior, strategy, (*flags, *extra.get(prior, []), *extra.get(strategy, []))))
-    if not found:
+    for flags in (others, *extra.values()):
+        refuse_flags(flags, refused)
+    inverted = [Method(prior, strategy) for prior in args.priors for strategy in args.strategies]
+    methods = [*(Method(None, name) for name in args.baselines), *inverted]
+    if not methods:
         raise UserError("nothing to compare: give --baselines, or --priors and --strategies")
-    return found
+    common = vars(parser.parse_args(others)) | {"command": args.command}
+    for model, seed, method in itertools.product(args.models, args.seeds, methods):
+        chosen = argparse.Namespace(**common | {"model": model, "seed": seed})
+        if method.prior is None:
+            chosen.mode = BASELINES[method.strategy]
+        else:
+            chosen.prior, chosen.strategy = [method.prior], method.strategy
+            if method.strategy not in UNSCHEDULED:
+                chosen.prune_it, chosen.prune_ratio = args.prune_it, args.prune_ratio
+            parser.parse_args([*extra.get(method.prior, []), *extra.get(method.strategy, [])], chosen)
+        yield method, chosen
 
 
 def further_flags(flag: str, text: str) -> list[str]:
@@ -99,11 +116,11 @@ def further_flags(flag: str, text: str) -> list[str]:
         raise UserError(f"{flag}: {error}: {text}") from None
 
 
-def refuse_flags(flags: Sequence[str], refused: Iterable[str], why: str) -> None:
-    """Raise `UserError` where one of `refused` is among `flags`."""
+def refuse_flags(flags: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Raise `UserError` where one of `refused` is among `flags`; the values say why."""
     given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags}
-    for flag in sorted(given & set(refused)):
-        raise UserError(f"{flag} {why}")
+    for flag in sorted(given & refused.keys()):
+        raise UserError(f"{flag} {refused[flag]}")
 
 
 class Rows:
@@ -144,17 +161,21 @@ def _mean(group: list[dict]) -> dict:
     return {**mean, "top1": round(statistics.mean(top1), 3), "top1_std": spread, "top1_per_seed": top1}
 
 
-def costs(report: Mapping[str, object], images: int) -> dict[str, object]:
-    """What `images` images cost, from a `SynthesisReport` as a dict, per image where that makes sense."""
-    seconds, flops = report["seconds"], report["flops"]
-    per_image = max(report["images"], 1)
+def costs(cost: SynthesisReport, images: int) -> dict[str, object]:
+    """What `images` images cost, per image where that makes sense."""
+    per_image = max(cost.images, 1)
     return {
         "images": images,
-        "synthesis_seconds": seconds,
-        "images_per_second": round(per_image / seconds, 4) if seconds else None,
-        "gflop_per_image": round(flops / per_image / 1e9, 3) if flops else None,
-        "peak_memory_mb": round(report["peak_memory_bytes"] / 2**20, 1) if flops else None,
+        "synthesis_seconds": cost.seconds,
+        "images_per_second": round(per_image / cost.seconds, 4) if cost.seconds else None,
+        "gflop_per_image": round(cost.flops / per_image / 1e9, 3) if cost.flops else None,
+        "peak_memory_mb": round(cost.peak_memory_bytes / 2**20, 1) if cost.flops else None,
     }
+
+
+def shown_images(model: LoadedModel, images: SparseImages) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) in [0, 1], stopped patches black, and their labels (B,)."""
+    return model.grid.unpatchify(model.preprocessing.denormalize(images.patches), images.positions), images.labels
 
 
 def accuracy(row: Mapping[str, object]) -> str:
@@ -185,8 +206,20 @@ def print_table(summary: Sequence[dict], column: str) -> None:
         print(table(["images", *map(str, columns), "made in", "number", "images/s", "GFLOP/image", "peak MB"], lines))
 
 
-def write_results(output: Path, rows: Sequence[dict], summary: Sequence[dict], column: str) -> None:
-    """`results.csv` (a line a cell), `summary.json` (means) and `accuracy.png`."""
+def write_results(
+    output: Path,
+    title: str,
+    rows: Sequence[dict],
+    summary: Sequence[dict],
+    column: str,
+    pictures: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    facts: Mapping[str, object],
+) -> None:
+    """What a comparison leaves in its folder.
+
+    `results.csv` (a line a cell), `summary.json` (means), `accuracy.png`, `images.png` for the first model of
+    `pictures` and `images-MODEL.png` for others (see `save_images`), `environment.json` (`facts`) and `report.html`.
+    """
     flat = [{key: value for key, value in row.items() if key != "cell"} for row in rows]
     names = list(dict.fromkeys(key for row in flat for key in row))
     with atomic(output / "results.csv") as partial, open(partial, "w", newline="") as file:
@@ -195,6 +228,10 @@ def write_results(output: Path, rows: Sequence[dict], summary: Sequence[dict], c
         writer.writerows(flat)
     write_json(output / "summary.json", list(summary))
     save_accuracy(output / "accuracy.png", summary, column)
+    for number, (model, shown) in enumerate(pictures.items()):
+        save_images(output / ("images.png" if number == 0 else f"images-{short_name(model)}.png"), shown)
+    write_json(output / "environment.json", facts)
+    write_comparison_page(output, title, summary, column, facts)
 
 
 def save_accuracy(path: Path, summary: Sequence[dict], column: str) -> None:

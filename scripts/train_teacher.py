@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from models import load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
-from utils.checkpoint import configuration, read_checkpoint, write_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.cli import Parser, natural, positive, rate
 from utils.data import limited, load_split, loader
 from utils.device import pick_device, pick_dtype, seed_all, versions
@@ -43,11 +44,43 @@ from utils.files import writable_folder, write_json
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 EVAL_BATCH_SIZE = 200
 
-# Flags that say where and how fast, not what: a run may go on with others.
-NOT_CONFIGURATION = ("output", "device", "num_workers")
+# What says where and how fast, not what: a run may go on with others.
+NOT_SETTINGS = ("output", "device", "num_workers")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training, each field as the flag of its name, none left open."""
+
+    model: str
+    model_path: str | None
+    init: str
+    dataset: str | None
+    data: str
+    epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float | None
+    weight_decay: float
+    label_smoothing: float
+    warmup_epochs: int
+    crop_padding: int | None
+    flip: bool
+    noise: float
+    patch_drop: float
+    dtype: str
+    device: str
+    seed: int
+    num_workers: int
+    output: str
+    val_limit: int | None
+
+    def settings(self) -> dict[str, object]:
+        """What the trained weights depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     """The command line, defaults filled in. Raises `UserError` where flags contradict each other."""
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
@@ -88,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--data digits is bundled; leave out --dataset")
     if args.flip is None:
         args.flip = args.data != "digits"
-    return args
+    return TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
 
 
 def share(text: str) -> float:
@@ -147,20 +180,20 @@ def train_transform(preprocessing: Preprocessing, data: str, crop_padding: int |
 
 
 def load_data(
-    args: argparse.Namespace, preprocessing: Preprocessing, classes: int
+    config: TrainConfig, preprocessing: Preprocessing, classes: int
 ) -> tuple[DataLoader, DataLoader, list[str]]:
     """Loaders of the shuffled, augmented training images and of the test images, and the names of the classes."""
-    kind = None if args.data == "folder" else args.data
-    augment = train_transform(preprocessing, args.data, args.crop_padding, args.flip)
-    train = load_split("train", kind, args.dataset, augment, classes)
-    test = load_split("test", kind, args.dataset, preprocessing.eval_transform(), classes)
+    kind = None if config.data == "folder" else config.data
+    augment = train_transform(preprocessing, config.data, config.crop_padding, config.flip)
+    train = load_split("train", kind, config.dataset, augment, classes)
+    test = load_split("test", kind, config.dataset, preprocessing.eval_transform(), classes)
     if list(train.classes) != list(test.classes):
-        raise UserError(f"--dataset {args.dataset}: the folders of its training and test classes differ in name")
-    plain = loader(train, args.batch_size, args.num_workers)
+        raise UserError(f"--dataset {config.dataset}: the folders of its training and test classes differ in name")
+    plain = loader(train, config.batch_size, config.num_workers)
     shuffled = DataLoader(
-        train, args.batch_size, shuffle=True, num_workers=plain.num_workers, pin_memory=plain.pin_memory
+        train, config.batch_size, shuffle=True, num_workers=plain.num_workers, pin_memory=plain.pin_memory
     )
-    return shuffled, loader(limited(test, args.val_limit), EVAL_BATCH_SIZE, args.num_workers), list(train.classes)
+    return shuffled, loader(limited(test, config.val_limit), EVAL_BATCH_SIZE, config.num_workers), list(train.classes)
 
 
 def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -176,21 +209,21 @@ def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_d
 class Trainer:
     """A model in training: AdamW under a cosine schedule with warm-up, stepped once per batch."""
 
-    def __init__(self, vit: VisionTransformer, train: DataLoader, args: argparse.Namespace) -> None:
-        self.device = pick_device(args.device)
-        self.dtype = getattr(torch, pick_dtype(args.dtype, self.device))
+    def __init__(self, vit: VisionTransformer, train: DataLoader, config: TrainConfig) -> None:
+        self.device = pick_device(config.device)
+        self.dtype = getattr(torch, pick_dtype(config.dtype, self.device))
         self.vit = vit.requires_grad_(True).to(self.device)
         self.train = train
-        self.noise, self.patch_drop = args.noise, args.patch_drop
+        self.noise, self.patch_drop = config.noise, config.patch_drop
         if self.patch_drop:
             vit.patch_drop = PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        groups = parameter_groups(vit, args.lr, args.head_lr or args.lr, args.weight_decay)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        groups = parameter_groups(vit, config.lr, config.head_lr or config.lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=args.epochs * len(train),
-            warmup_t=args.warmup_epochs * len(train),
+            t_initial=config.epochs * len(train),
+            warmup_t=config.warmup_epochs * len(train),
             t_in_epochs=False,
         )
         self.history: list[dict[str, float]] = []
@@ -267,37 +300,37 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
-def save_model(vit: VisionTransformer, labels: list[str], args: argparse.Namespace, folder: Path) -> None:
+def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
-    if args.init == "scratch":  # nothing is left of the weights that this licence is for
+    if config.init == "scratch":  # nothing is left of the weights that this licence is for
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
     names = {"label_names": labels}
-    model_config = {**names, "pretrained_cfg": {**names, "tag": args.data}}
+    model_config = {**names, "pretrained_cfg": {**names, "tag": config.data}}
     save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate after each epoch, save."""
-    args = parse_arguments(argv)
-    classes = count_classes(args.data, args.dataset)
-    config = configuration(args, without=NOT_CONFIGURATION)
-    folder = writable_folder(args.output, "--output")
-    state = read_checkpoint(folder, config, made_by_run="model.safetensors")
-    seed_all(args.seed)
-    loaded = load_model(args.model, args.model_path, random_weights=args.init == "scratch", classes=classes)
-    train, test, labels = load_data(args, loaded.preprocessing, classes)
-    trainer = Trainer(loaded.vit, train, args)
-    if state is not None:
-        trainer.load_state_dict(state)
-        print(f"going on after epoch {len(trainer.history)} of {args.epochs}")
-    while len(trainer.history) < args.epochs:
+    config = parse_arguments(argv)
+    classes = count_classes(config.data, config.dataset)
+    folder = writable_folder(config.output, "--output")
+    checkpoint = Checkpoint(folder, config.settings(), made_by_run="model.safetensors")
+    seed_all(config.seed)
+    loaded = load_model(config.model, config.model_path, random_weights=config.init == "scratch", classes=classes)
+    train, test, labels = load_data(config, loaded.preprocessing, classes)
+    trainer = Trainer(loaded.vit, train, config)
+    if checkpoint.state is not None:
+        trainer.load_state_dict(checkpoint.state)
+        print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
+    while len(trainer.history) < config.epochs:
         trainer.run_epoch(test)
-        write_checkpoint(folder, config, trainer.state_dict())
+        checkpoint.write(trainer.state_dict())
         last = trainer.history[-1]
         print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
-    save_model(trainer.vit, labels, args, folder)
+    save_model(trainer.vit, labels, config, folder)
     result = {"top1": trainer.history[-1]["top1"], "test_images": len(test.dataset), "train_images": len(train.dataset)}
-    write_json(folder / "training.json", {**result, "arguments": config, "epochs": trainer.history, **versions()})
+    arguments = {"arguments": config.settings(), "epochs": trainer.history}
+    write_json(folder / "training.json", {**result, **arguments, **versions()})
     print(f"top-1 {result['top1']:.2f}% on {result['test_images']} test images; saved in {folder}")
 
 

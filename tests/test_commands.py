@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 import test_quant
-from inversion.arguments import inversion_config
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
-from scripts import activation_ranges, compare, compare_kt, figure_pipeline, missing_patches, quantizer_sensitivity
+from scripts import compare, compare_kt
+from scripts.studies import activation_ranges, figure_pipeline, missing_patches, quantizer_sensitivity
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
+from utils.flags import quant_parser, quant_task
 
 QUICK = ["--iterations", "30", "--prune_it", "5", "10", "--prune_ratio", "0.3", "0.3", "--calib-batchsize", "4"]
 
@@ -85,21 +86,21 @@ def test_more_images_than_a_batch(quick):
 
 
 def test_dashes_and_underscores_are_the_same():
-    parser = test_quant.parser()
+    parser = quant_parser("")
     args = parser.parse_args(["--w-bit", "4", "--calib_batchsize=7", "--val-limit", "3", "--prune-it", "-1"])
     assert (args.w_bit, args.calib_batchsize, args.val_limit, args.prune_it) == (4, 7, 3, [-1])
 
 
 def test_defaults_are_the_published_ones():
-    args = test_quant.parser().parse_args([])
-    assert (args.w_bit, args.a_bit, args.mode, args.seed, args.gpu) == (8, 8, 0, 0, 0)
-    assert (args.calib_batchsize, args.val_batchsize, args.num_workers) == (32, 200, 4)
-    config = inversion_config(args, args.calib_batchsize, "float32")
+    task = quant_task(quant_parser("").parse_args([]))
+    assert (task.images.mode, task.run.seed, task.run.gpu) == (0, 0, 0)
+    assert (task.num_images, task.data.val_batchsize, task.data.num_workers) == (32, 200, 4)
+    config = task.images.config
     assert (config.iterations, config.lr, config.prune_it, config.prune_ratio) == (4000, 0.25, (-1,), (0,))
     assert config.weights == {"oh": 1, "tv1": 0, "tv2": 1e-4, "l2": 0, "bn": 0}
     assert (config.strategy, config.importance, config.betas) == ("dense", "cls", (0.5, 0.99))
-    assert args.datapool == "./datapool"
-    assert test_quant.quant_config(args) == QuantConfig(8, 8, "minmax", reconstruct=False, bias_correction=False)
+    assert task.images.datapool == "./datapool"
+    assert task.quantization == QuantConfig(8, 8, "minmax", reconstruct=False, bias_correction=False)
 
 
 SCRIPTS = [
@@ -107,9 +108,9 @@ SCRIPTS = [
     "test_kt.py",
     "scripts/compare.py",
     "scripts/compare_kt.py",
-    "scripts/figure_pipeline.py",
     "scripts/train_teacher.py",
-    "scripts/linear_ceiling.py",
+    "scripts/studies/figure_pipeline.py",
+    "scripts/studies/linear_ceiling.py",
 ]
 
 
@@ -125,7 +126,7 @@ def test_help_explains_every_flag(script):
 def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
     """What they measure means nothing here; that they measure it does."""
     flags = ["--batch", 2, "--repeats", 1, *(["--output", tmp_path] if script == "bench_inversion" else [])]
-    result = run_script(f"scripts/{script}.py", *flags)
+    result = run_script(f"scripts/bench/{script}.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "s/iteration" in result.stdout
     if script == "bench_inversion":

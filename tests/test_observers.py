@@ -20,9 +20,9 @@ from quant.quantizers import (
     round_weight,
 )
 from quant.reparameterization import norm_sites, reparameterize
-from test_quant import real_images
 from tests.conftest import tiny_vit
 from utils.errors import UserError
+from utils.images import Real, calibration_images
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_at_eight_bits_every_observer_stays_near(options):
 
 def test_ranges_by_least_error_are_nearer_than_min_max_at_four_bits():
     model = load_model(DEFAULT_MODEL)
-    vit, images = SparseViT(model.vit), real_images(model, None, 32, seed=0)
+    vit, images = SparseViT(model.vit), calibration_images(model, Real(), 32)
     with torch.no_grad():
         expected = vit(images.patches, images.positions).logits
         errors = {

@@ -26,7 +26,7 @@ CONFIG = {"iterations": 20, "prune_it": (5,), "prune_ratio": (0.5,), "batch_size
 
 def filled(root: Path, model, count: int = 6, **changes) -> ImagePool:
     pool = ImagePool(root / "pool", model, InversionConfig(**{**CONFIG, **changes}))
-    synthesize(pool, count, CPU, root / "log.jsonl", quiet=True)
+    synthesize(pool, count, CPU, root / "log.jsonl")
     return pool
 
 
@@ -158,7 +158,7 @@ def test_two_processes_do_not_fill_one_pool_at_once(tmp_path, model):
     with open(pool.path / "pool.json") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
-            synthesize(pool, 9, CPU, tmp_path / "log.jsonl", quiet=True)
+            synthesize(pool, 9, CPU, tmp_path / "log.jsonl")
 
 
 FILL = """

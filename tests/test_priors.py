@@ -9,7 +9,6 @@ import torchvision
 from torch import nn
 
 from inversion import PRIORS, ImagePool, InversionConfig, Inverter, synthesize
-from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.canvas import Jitter, PatchCanvas
 from inversion.priors import CrossEntropy, Loss, LossInputs, Prior, Term
 from inversion.priors.adversarial import disagreement
@@ -22,6 +21,7 @@ from tests.conftest import tiny_model
 from tests.test_canvas import plain_tv, random_canvas
 from utils.cli import Parser
 from utils.errors import UserError
+from utils.flags import add_inversion_arguments, inversion_config
 
 CPU = torch.device("cpu")
 GRID = PatchGrid(4, 4, 8, 8)
@@ -42,8 +42,8 @@ def inputs_of(canvas: PatchCanvas, jitter: Jitter = STILL, **fields) -> LossInpu
 def parse(*flags: str) -> InversionConfig:
     parser = Parser("")
     add_inversion_arguments(parser)
-    parser.set_defaults(seed=0)
-    return inversion_config(parser.parse_args(list(flags)), 4, "float32", "a student" if "--adv" in flags else None)
+    parser.set_defaults(seed=0, device="cpu", dtype="float32")
+    return inversion_config(parser.parse_args(list(flags)), 4, "a student" if "--adv" in flags else None)
 
 
 # Adversarial
@@ -171,11 +171,11 @@ def test_contrast_looks_at_earlier_batches_and_only_at_them(tmp_path):
     for bank in (0, 64):
         config = InversionConfig(iterations=8, batch_size=3, weights={"oh": 1.0, "cr": 1.0}, options={"cmi_bank": bank})
         pool = ImagePool(tmp_path, model, config)
-        synthesize(pool, 6, CPU, tmp_path / "log", quiet=True)
+        synthesize(pool, 6, CPU, tmp_path / "log")
         pixels[bank] = pool.read(6).patches
         again = ImagePool(tmp_path / f"again{bank}", model, config)
-        synthesize(again, 3, CPU, tmp_path / "log", quiet=True)
-        synthesize(again, 6, CPU, tmp_path / "log", quiet=True)
+        synthesize(again, 3, CPU, tmp_path / "log")
+        synthesize(again, 6, CPU, tmp_path / "log")
         assert torch.equal(again.read(6).patches, pixels[bank])
     assert torch.equal(pixels[0][:3], pixels[64][:3])
     assert not torch.equal(pixels[0][3:], pixels[64][3:])

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from models import SparseImages, SparseViT
-from quant import calibrate, evaluate
+from quant import calibrate
 from quant.insert import QuantizedLinear, quantizers
 from quant.integers import IntegerLinear, with_integer_products
 from quant.observers import MinMaxObserver
 from quant.quantizers import ActivationQuantizer, largest_value_scale, quantized_weight
 from tests.conftest import tiny_vit
 from utils.errors import UserError
+from utils.evaluation import evaluate
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_evaluation_counts_top1_top5_and_loss(vit):
         logits = vit.forward_images(images)
     labels = logits.argsort(dim=1)[:, [-1, -1, -1, -2, -2, 0, 0]].diagonal()
     data = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    result = evaluate({"fp": vit}, data, torch.device("cpu"), quiet=True)["fp"]
+    result = evaluate({"fp": vit}, data, torch.device("cpu"))["fp"]
     assert result["top1"] == pytest.approx(100 * 3 / 7, abs=1e-3)
     assert result["top5"] == 100.0
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)

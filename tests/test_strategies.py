@@ -264,7 +264,7 @@ def test_snapshots_are_the_batch_as_it_was(model, tmp_path):
     config = InversionConfig(snapshots=(0, 4, 6, 12), **SCHEDULE)
     plain = Inverter(model, InversionConfig(**SCHEDULE), CPU).invert(0)
     pool = ImagePool(tmp_path, model, config)
-    synthesize(pool, 3, CPU, tmp_path / "log", quiet=True)
+    synthesize(pool, 3, CPU, tmp_path / "log")
     snapshots = pool.snapshots(0)
     assert [s.iteration for s in snapshots] == [0, 4, 6, 12]
     assert [s.positions.shape[1] for s in snapshots] == [16, 8, 8, 4]
@@ -277,7 +277,7 @@ def test_snapshots_are_the_batch_as_it_was(model, tmp_path):
 def test_tensorboard_gets_every_iteration(model, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pool = ImagePool(tmp_path / "pool", model, InversionConfig(**SCHEDULE))
-    synthesize(pool, 6, CPU, tmp_path / "log", quiet=True, tensorboard=tmp_path / "events")
+    synthesize(pool, 6, CPU, tmp_path / "log", tensorboard=tmp_path / "events")
     for batch in range(2):
         events = accumulator.EventAccumulator(str(tmp_path / "events" / f"batch-{batch:06d}")).Reload()
         losses = [event.value for event in events.Scalars("inversion/loss")]

@@ -16,17 +16,27 @@ import timm
 import torch
 
 import test_kt
-import test_quant
-from kt import AUGMENTATIONS, Distiller, augmented, distillation_loss, load_student, save_student
+from kt import (
+    AUGMENTATIONS,
+    DistillConfig,
+    Distiller,
+    StudentConfig,
+    augmented,
+    distillation_loss,
+    load_student,
+    save_student,
+)
 from models import PatchGrid, SparseImages, SparseViT, load_model
-from scripts import compare_kt, linear_ceiling
+from scripts import compare_kt
+from scripts.studies import linear_ceiling
 from tests.conftest import ROOT, run_script, tiny_model
-from utils.checkpoint import write_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 
 GRID = PatchGrid(4, 4, 8, 8)
 CPU = torch.device("cpu")
 FAST = ["--iterations", 4, "--inversion-batchsize", 4, "--images_per_epoch", 8, "--kr-batchsize", 4, "--val_limit", 40]
+FROM_SCRATCH = StudentConfig(init="scratch", finetune="full")
 SCRATCH = ["--student_init", "scratch", "--finetune", "full", "--lr", 0.01]
 
 
@@ -100,8 +110,9 @@ def test_scattered_patches_keep_their_pixels_and_never_meet():
 
 def test_the_learning_rate_falls_to_zero_over_all_steps():
     teacher = load_model("deit_nano_4_digits")
-    student = load_student(teacher, None, None, "scratch", "full")
-    distiller = Distiller(teacher, student, CPU, batch_size=4, lr=0.2, decay_steps=4, augment=())
+    student = load_student(teacher, FROM_SCRATCH)
+    config = DistillConfig(batch_size=4, lr=0.2, epochs=4, lr_schedule="cosine", augment=())
+    distiller = Distiller(teacher, student, config, CPU)
     positions = torch.arange(10).expand(4, 10)
     nano, rates = SparseImages(torch.randn(4, 10, 3, 4, 4), positions, torch.zeros(4).long()), []
     for _ in range(4):
@@ -130,7 +141,7 @@ def test_what_learns_is_what_was_asked_for(finetune):
         parameter.requires_grad_(finetune == "full" or name in heads)
     torch.nn.init.zeros_(student.vit.head.weight)
     before = {key: value.clone() for key, value in student.vit.state_dict().items()}
-    Distiller(teacher, student, CPU, batch_size=4, lr=0.1).run(kept_images(), 2)
+    Distiller(teacher, student, DistillConfig(batch_size=4), CPU).run(kept_images(), 2)
     changed = {key for key, value in student.vit.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == (heads if finetune == "linear" else set(before))
 
@@ -138,7 +149,7 @@ def test_what_learns_is_what_was_asked_for(finetune):
 def test_the_teacher_is_left_alone():
     teacher = tiny_model()
     before = teacher.fingerprint()
-    Distiller(teacher, load_student(teacher_like(), None, None, "scratch", "full"), CPU, batch_size=4)
+    Distiller(teacher, load_student(teacher_like(), FROM_SCRATCH), DistillConfig(batch_size=4), CPU)
     assert teacher.fingerprint() == before
 
 
@@ -150,7 +161,8 @@ def test_a_student_learns_the_teacher_on_the_images_it_sees():
     teacher, student = tiny_model(), tiny_model()
     torch.nn.init.zeros_(student.vit.head.weight)
     student.vit.requires_grad_(True)
-    distiller = Distiller(teacher, student, CPU, batch_size=6, optimizer="adamw", lr=1e-3, augment=())
+    config = DistillConfig(batch_size=6, optimizer="adamw", lr=1e-3, augment=())
+    distiller = Distiller(teacher, student, config, CPU)
     first = distiller.run(kept_images(), 1)
     distiller.run(kept_images(), 60)
     assert distiller.run(kept_images(), 1) < 0.05 * first
@@ -177,14 +189,14 @@ def test_a_saved_student_is_loaded_by_timm(tmp_path):
 )
 def test_students_that_cannot_be_are_refused(args, why):
     with pytest.raises(UserError, match=why):
-        load_student(teacher_like(), *args)
+        load_student(teacher_like(), StudentConfig(*args))
 
 
 def test_a_student_never_starts_from_the_teachers_own_weights(tmp_path):
     save_student(tiny_model(), tiny_model(), tmp_path / "teacher")
     teacher = load_model(f"local-dir:{tmp_path / 'teacher'}")
     with pytest.raises(UserError, match="teacher's own weights"):
-        load_student(teacher, None, None, "pretrained", "linear")
+        load_student(teacher, StudentConfig())
 
 
 def test_the_run_reports_and_saves_what_it_says(tmp_path):
@@ -207,7 +219,7 @@ def test_the_run_reports_and_saves_what_it_says(tmp_path):
 @pytest.mark.parametrize("mode", [1, 2])
 def test_noise_and_real_images_need_no_pool(tmp_path, mode):
     report = kt(tmp_path, "--epochs", 2, "--mode", mode, "--max_images", 20)
-    assert report["images"] == test_quant.MODES[mode]
+    assert report["images"] == {1: "gaussian", 2: "real"}[mode]
     assert report["pool"] == {"images": 20, "path": None}
     assert not (tmp_path / "pool").exists()
 
@@ -241,13 +253,15 @@ def test_a_run_that_is_told_to_end_before_its_first_evaluation_is_evaluated(tmp_
     class Stopped(Exception):
         pass
 
-    def write_and_stop(*args):
-        write_checkpoint(*args)
-        if len(args[-1]["progress"]["history"]) == 2:
+    write = Checkpoint.write
+
+    def write_and_stop(checkpoint, state):
+        write(checkpoint, state)
+        if len(state["progress"]["history"]) == 2:
             raise Stopped
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(test_kt, "write_checkpoint", write_and_stop)
+        patched.setattr(Checkpoint, "write", write_and_stop)
         kt(tmp_path, "--epochs", 9, "--eval_every", 9)
     report = kt(tmp_path, "--epochs", 1, "--eval_every", 9)
     assert report["epochs"] == 2
@@ -360,7 +374,7 @@ def test_the_command_line_speaks_of_missing_teachers(tmp_path):
 
 
 def test_a_student_is_a_sparse_vit_like_any_other():
-    student = load_student(teacher_like(), None, None, "scratch", "full")
+    student = load_student(teacher_like(), FROM_SCRATCH)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(SparseViT(student.vit).forward_images(images), student.vit(images), rtol=1e-4, atol=1e-4)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,43 @@ from utils.files import atomic
 CHECKPOINT = "checkpoint.pt"
 
 
-def configuration(args: argparse.Namespace, without: Collection[str]) -> dict[str, Any]:
-    """What makes two runs the same: every flag but those that say where and how fast."""
-    return {key: value for key, value in vars(args).items() if key not in without}
-
-
-def read_checkpoint(folder: Path, config: dict[str, Any], made_by_run: str) -> dict[str, Any] | None:
-    """The last finished epoch of the run in `folder`, None where there is none yet.
+class Checkpoint:
+    """The last finished epoch of the run in a folder.
 
     Args:
         folder: the run's `--output`.
-        config: the run's `configuration`.
+        settings: what the run's numbers depend on, by the names of the flags; another run with the same goes on.
         made_by_run: a file that only a run puts there, at its end.
 
     Raises:
-        UserError: the folder holds a run with other flags, a damaged checkpoint, or a result but no checkpoint.
+        UserError: the folder holds a run with other settings, a damaged checkpoint, or a result but no checkpoint.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        if (folder / made_by_run).exists():
-            raise UserError(f"--output {folder} holds a model that this command did not make; give another folder")
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = checkpoint["config"], checkpoint["state"]
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise UserError(f"cannot read {path} ({type(error).__name__}); give another --output or remove it") from None
-    for key in config | found:
-        if config.get(key) != found.get(key):
-            raise UserError(
-                f"--output {folder} holds a run with --{key} {found.get(key)}, not {config.get(key)}; "
-                "give another folder, or the same flags to go on with it"
-            )
-    return state
 
+    def __init__(self, folder: Path, settings: Mapping[str, Any], made_by_run: str) -> None:
+        self.file, self.settings = folder / CHECKPOINT, dict(settings)
+        self.state = self._read(folder, made_by_run)
+        """What `write` was given last, None where nothing was."""
 
-def write_checkpoint(folder: Path, config: dict[str, Any], state: dict[str, Any]) -> None:
-    """Put `state` in the place of the last checkpoint, in one step."""
-    with atomic(folder / CHECKPOINT) as partial:
-        torch.save({"config": config, "state": state}, partial)
+    def write(self, state: dict[str, Any]) -> None:
+        """Put `state` in the place of the last one, in one step."""
+        with atomic(self.file) as partial:
+            torch.save({"config": self.settings, "state": state}, partial)
+
+    def _read(self, folder: Path, made_by_run: str) -> dict[str, Any] | None:
+        if not self.file.exists():
+            if (folder / made_by_run).exists():
+                raise UserError(f"--output {folder} holds a model that this command did not make; give another folder")
+            return None
+        try:
+            checkpoint = torch.load(self.file, map_location="cpu", weights_only=True)
+            found, state = checkpoint["config"], checkpoint["state"]
+        except Exception as error:  # torch raises many kinds on damaged files
+            reason = type(error).__name__
+            raise UserError(f"cannot read {self.file} ({reason}); give another --output or remove it") from None
+        for key in self.settings | found:
+            if self.settings.get(key) != found.get(key):
+                raise UserError(
+                    f"--output {folder} holds a run with --{key} {found.get(key)}, not {self.settings.get(key)}; "
+                    "give another folder, or the same flags to go on with it"
+                )
+        return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,24 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from models import LoadedModel
 from utils.errors import UserError
 from utils.ranks import rank, ranks
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a model is evaluated on, and how it is read.
+
+    `dataset`: path of the data, as for `load_split`; the bundled model needs none. `val_limit`: evaluate on so many
+    images; None: all. `val_batchsize`: images per batch. `num_workers`: processes that load images.
+    """
+
+    dataset: str | Path | None = None
+    val_limit: int | None = None
+    val_batchsize: int = 200
+    num_workers: int = 4
+
 
 CIFAR = {"cifar10": (CIFAR10, "cifar-10-batches-py"), "cifar100": (CIFAR100, "cifar-100-python")}
 SPLITS = {"train": ("train",), "test": ("val", "test")}
@@ -45,6 +62,26 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+
+
+class ImageFiles(Dataset):
+    """All image files in a folder, at any depth and in the order of their paths, with the label 0.
+
+    Raises `UserError` where there are none.
+    """
+
+    def __init__(self, folder: str | Path, transform: Callable) -> None:
+        root = Path(folder).expanduser()
+        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if not self.files:
+            raise UserError(f"{root} is no image pool (it has no pool.json), and holds no image files")
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(load_rgb(str(self.files[index]))), 0
 
 
 def load_rgb(path: str) -> Image.Image:
@@ -93,6 +130,17 @@ def load_split(split: str, kind: str | None, path: str | Path | None, transform:
     if len(dataset.classes) != classes:
         raise UserError(f"--dataset {root} has {len(dataset.classes)} classes, the model has {classes}")
     return dataset
+
+
+def evaluation_set(model: LoadedModel, config: DataConfig) -> Dataset:
+    """The images that a model is evaluated on. Raises `UserError` as `load_split` does."""
+    transform = model.preprocessing.eval_transform()
+    return load_split("test", model.dataset, config.dataset, transform, model.classes)
+
+
+def evaluation_loader(model: LoadedModel, config: DataConfig) -> DataLoader:
+    """Batches of normalized images (B, C, H, W) and labels (B,), for `evaluate`. Raises as `load_split` does."""
+    return loader(limited(evaluation_set(model, config), config.val_limit), config.val_batchsize, config.num_workers)
 
 
 def random_subset(dataset: Dataset, count: int, seed: int) -> Subset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +14,20 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from models import LoadedModel, SparseImages
 from utils.files import atomic
 
 TILE = 96
 """Least side of an image in a grid, in pixels; smaller images are enlarged by a whole factor."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The inversion loss (batches, iterations), with the first iteration of each stage and the patches left in it."""
+
+    losses: Tensor
+    starts: Sequence[int]
+    patches: Sequence[int]
 
 
 def save_image_grid(path: Path, images: Tensor, columns: int = 8) -> None:
@@ -27,15 +39,23 @@ def save_image_grid(path: Path, images: Tensor, columns: int = 8) -> None:
         to_pil_image(grid.mul(255).round().byte()).save(partial, format="PNG")
 
 
-def save_loss_curve(path: Path, losses: Tensor, stage_starts: list[int], patches: list[int]) -> None:
-    """The inversion loss (batches, iterations) as mean and range over batches, the stages marked by their patches."""
+def save_images(path: Path, images: SparseImages, model: LoadedModel) -> None:
+    """Up to 64 images as a model takes them, stopped patches black."""
+    shown = images.batches(64)[0]
+    pixels = model.preprocessing.denormalize(shown.patches).clamp(0, 1)
+    save_image_grid(path, model.grid.unpatchify(pixels, shown.positions))
+
+
+def save_loss_curve(path: Path, curve: LossCurve) -> None:
+    """The inversion loss as mean and range over batches, the stages marked by their patches."""
+    losses = curve.losses
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     iterations = torch.arange(1, losses.shape[1] + 1)
     axes.plot(iterations, losses.mean(dim=0), linewidth=1, color="tab:blue")
     if len(losses) > 1:
         axes.fill_between(iterations, losses.amin(dim=0), losses.amax(dim=0), alpha=0.25, linewidth=0)
-    for start, count in zip(stage_starts, patches, strict=True):
+    for start, count in zip(curve.starts, curve.patches, strict=True):
         axes.axvline(start + 1, color="0.7", linewidth=0.8, zorder=0)
         axes.annotate(
             f"{count}", (start + 1, 1), xycoords=("data", "axes fraction"), xytext=(2, -10), textcoords="offset points"

@@ -17,23 +17,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from inversion import InversionConfig, Inverter
-from inversion.arguments import add_inversion_arguments, inversion_config
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
 from inversion.capture import EAGER_STEPS
 from inversion.schedule import Stage
 from inversion.targets import distributions
-from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
+from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
 from utils.cli import Parser, positive
-from utils.device import device_name, pick_device, pick_dtype, versions
+from utils.device import device_name, pick_device, versions
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
+from utils.flags import add_device_arguments, add_inversion_arguments, inversion_config
 from utils.report import table
 
 
@@ -125,9 +125,7 @@ def parser() -> Parser:
         metavar="V",
         help="also time pri at these divisions",
     )
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--gpu", type=int, default=0, help="number of the CUDA GPU")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of the engine")
+    add_device_arguments(parser)
     add("--output", default="./runs/bench", metavar="DIR", help="where the JSON goes")
     add_inversion_arguments(parser)
     parser.set_defaults(prune_it=[50, 100, 200, 300], prune_ratio=[0.3] * 4, seed=0)
@@ -240,11 +238,10 @@ def main(argv: list[str] | None = None) -> dict:
     """Time everything, print a table, write JSON."""
     args = parser().parse_args(argv)
     device = pick_device(args.device, args.gpu)
-    dtype = pick_dtype(args.dtype, device)
     output = writable_folder(args.output, "--output")
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
-    config = inversion_config(args, args.batch, dtype)
-    grid = SparseViT(model.vit).grid
+    config, grid = inversion_config(args, args.batch), model.grid
+    dtype = config.dtype
     stages = config.strategy_object().stages(config.iterations, grid.count)
     size = 4096 if device.type == "cpu" else 8192
     peaks = {name: matmul_peak(device, getattr(torch, name), size) for name in {"float32", dtype}}
@@ -286,7 +283,7 @@ def make_rows(
     model: LoadedModel, config: InversionConfig, device: torch.device, stages: tuple[Stage, ...], peaks: dict
 ) -> list[Row]:
     """Reference and engine at every stage."""
-    grid = SparseViT(model.vit).grid
+    grid = model.grid
     rows = []
     for stage in stages:
         positions = random_positions(grid, config.batch_size, stage.patches, device)
@@ -329,7 +326,7 @@ def strategy_seconds(
     unscheduled = replace(config, strategy=None, prune_it=(-1,), prune_ratio=(0.0,))
     configs = {"dense": unscheduled, config.strategy: config}
     configs |= {f"pri {v}": replace(unscheduled, strategy="pri", pri_division=v) for v in divisions}
-    grid = SparseViT(model.vit).grid
+    grid = model.grid
     plans = {name: c.strategy_object().stages(c.iterations, grid.count) for name, c in configs.items()}
     counts = sorted({stage.patches for stages in plans.values() for stage in stages}, reverse=True)
     engines = {n: Engine(model, config, device, random_positions(grid, config.batch_size, n, device)) for n in counts}

@@ -19,8 +19,8 @@ def evaluate(
     models: Mapping[str, SparseViT],
     data: DataLoader,
     device: torch.device,
-    quiet: bool = False,
     agreement_with: str | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Evaluate every model on the same batches; quantized layers by integer products where the CPU has them.
 
@@ -28,8 +28,8 @@ def evaluate(
         models: name -> model, in float32 on `device`.
         data: batches of normalized images (B, C, H, W) and labels (B,); of several ranks, each has its own part.
         device: where the models are.
-        quiet: no progress bar.
         agreement_with: one of the models, which the others are compared with.
+        progress: show a progress bar on stderr.
 
     Returns:
         name -> `top1` and `top5` in per cent, `loss` (mean cross-entropy), `images`, and `agreement` with that model:
@@ -38,7 +38,7 @@ def evaluate(
     models = {name: with_integer_products(model) for name, model in models.items()}
     sums = {name: [0.0, 0.0, 0.0, 0.0] for name in models}
     images_seen = 0
-    for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=quiet or rank() > 0):
+    for images, labels in tqdm(data, desc="evaluation", unit="batch", disable=not progress or rank() > 0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images_seen += len(labels)
         outputs = {name: model.forward_images(images) for name, model in models.items()}

@@ -9,48 +9,40 @@ lost to the missing patches, not to the inversion.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
 
-from inversion import ImagePool, synthesize
-from inversion.arguments import add_inversion_arguments, inversion_config
 from kt import AUGMENTATIONS, augmented, load_student
 from kt.augment import drawn
-from models import DEFAULT_MODEL, LoadedModel, SparseImages, SparseViT, load_model
-from test_quant import noise_images, real_images
-from utils.cli import Parser, add_common_arguments, natural, positive
-from utils.data import limited, load_split, loader
-from utils.device import pick_device, pick_dtype
-from utils.errors import run_main
+from models import LoadedModel, SparseImages, SparseViT, load_model
+from utils.cli import Parser, natural, positive
+from utils.data import evaluation_loader
+from utils.device import pick_device
+from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
+from utils.flags import transfer_parser, transfer_task
+from utils.images import Inverted, Noise, Real, calibration_images
 from utils.report import table
+from utils.transfer_task import TransferTask
 
 RIDGE = 1e-2
 """Ridge penalty, as a share of the features' mean variance."""
 
 
 def parser() -> Parser:
-    """The command line."""
-    parser = Parser(__doc__)
+    """The flags that are not for test_kt.py."""
+    parser = Parser(__doc__ + " Every other flag goes to test_kt.py.")
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, metavar="NAME", help="teacher: as for test_kt.py")
-    add("--model_path", metavar="PATH", help="the teacher's weights")
-    add("--dataset", metavar="DIR", help="evaluation data; the bundled model needs none")
-    add("--datapool", default="./datapool", metavar="DIR", help="where inverted images are kept")
-    add("--student", metavar="NAME", help="architecture of the student; default the teacher's")
-    add("--student_path", metavar="PATH", help="backbone weights of the student")
     add("--images", type=positive, default=400, help="images of each kind")
-    add("--inversion-batchsize", type=positive, default=100, help="images per inversion batch")
     add("--samples", type=positive, default=3000, help="changed images that the head is fitted to, with --augment")
     add("--augment", nargs="*", choices=AUGMENTATIONS, default=[], help="changes of the images")
     add("--kept", type=natural, nargs="*", default=[14, 21, 30], help="patches kept of real images")
-    add_inversion_arguments(parser)
-    add_common_arguments(parser, seed=42, output="./runs/linear_ceiling")
+    add("--output", metavar="DIR", default="./runs/linear_ceiling", help="where the table goes")
     return parser
 
 
@@ -91,45 +83,39 @@ def fitted_head(features: Tensor, logits: Tensor) -> nn.Linear:
     return head
 
 
-def kinds(teacher: LoadedModel, vit: SparseViT, args, output: Path) -> Iterator[tuple[str, SparseImages]]:
-    """Every kind of images, one after another."""
-    real = real_images(teacher, args.dataset, args.images, args.seed)
+def kinds(
+    teacher: LoadedModel, vit: SparseViT, task: TransferTask, count: int, kept: Sequence[int]
+) -> Iterator[tuple[str, SparseImages]]:
+    """Every kind of images, `count` of each, one after another; real ones also with so many `kept` patches."""
+    seed = task.run.seed
+    real = calibration_images(teacher, Real(task.data.dataset), count, seed)
     yield "real", real
-    attention = attention_to(vit, real)
-    generator = torch.Generator().manual_seed(args.seed)
-    for count in args.kept:
-        yield f"real, {count} patches by attention", kept_parts(real, attention, count)
-        yield (
-            f"real, {count} patches at random",
-            kept_parts(real, torch.rand(attention.shape, generator=generator), count),
-        )
-    yield "Gaussian", noise_images(teacher, args.images, args.seed)
-    device = pick_device(args.device, args.gpu)
-    config = inversion_config(args, args.inversion_batchsize, pick_dtype(args.dtype, device))
-    pool = ImagePool(args.datapool, teacher, config)
-    synthesize(pool, args.images, device, output / "synthesis.jsonl")
-    yield config.strategy, pool.read(args.images)
+    attention, generator = attention_to(vit, real), torch.Generator().manual_seed(seed)
+    for patches in kept:
+        yield f"real, {patches} patches by attention", kept_parts(real, attention, patches)
+        anything = torch.rand(attention.shape, generator=generator)
+        yield f"real, {patches} patches at random", kept_parts(real, anything, patches)
+    yield "Gaussian", calibration_images(teacher, Noise(), count, seed)
+    yield task.images.kind, calibration_images(teacher, task.images, count, device=vit.device)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Fit a head to each kind; print and write the accuracies."""
-    args = parser().parse_args(argv)
-    output = writable_folder(args.output or "runs/linear_ceiling", "--output")
-    device = pick_device(args.device, args.gpu)
-    teacher = load_model(args.model, args.model_path)
-    student = load_student(teacher, args.student, args.student_path, "pretrained", "linear")
+    args, others = parser().parse_known_args(argv)
+    task = transfer_task(transfer_parser("").parse_args(others))
+    if not isinstance(task.images, Inverted):
+        raise UserError("real images and noise are there in any case; leave out --mode")
+    output, device = writable_folder(args.output, "--output"), pick_device(task.run.device, task.run.gpu)
+    teacher = load_model(task.model.name, task.model.path)
+    student = load_student(teacher, task.student)
     student.vit.head = nn.Identity()
-    test_set = load_split(
-        "test", teacher.dataset, args.dataset, teacher.preprocessing.eval_transform(), teacher.classes
-    )
-    data = loader(limited(test_set, args.val_limit), args.val_batchsize, args.num_workers)
-    vit, features = (SparseViT(model.vit.eval()).to(device) for model in (teacher, student))
-    parts = [SparseImages.whole(vit.grid, images, labels) for images, labels in data]
+    vit, features = (model.sparse(device) for model in (teacher, student))
+    parts = [SparseImages.whole(vit.grid, images, labels) for images, labels in evaluation_loader(teacher, task.data)]
     labels = torch.cat([part.labels for part in parts])
     test_features, test_logits = (torch.cat([logits_of(m, part) for part in parts]) for m in (features, vit))
     rows = [{"images": "teacher", "teacher_top1": top1(test_logits, labels), "top1": None}]
-    for name, images in kinds(teacher, vit, args, output):
-        generator = torch.Generator().manual_seed(args.seed)
+    for name, images in kinds(teacher, vit, task, args.images, args.kept):
+        generator = torch.Generator().manual_seed(task.run.seed)
         if args.augment:
             images = augmented(drawn(images, args.samples, generator), vit.grid, args.augment, generator)
         logits = logits_of(vit, images)

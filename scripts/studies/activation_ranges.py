@@ -14,18 +14,17 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-import test_quant
-from models import DEFAULT_MODEL, SparseViT
-from quant import OBSERVERS, evaluate, fitting, quantize
+from models import SparseViT
+from quant import OBSERVERS, fitting
 from quant.insert import quantizers
 from quant.quantizers import ActivationQuantizer
 from quant.reparameterization import NormSite, norm_sites
-from scripts import compare
+from scripts.compare import Bench, cells_of, quant_grid_parser
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
 from utils.pictures import save_figure
@@ -64,7 +63,7 @@ def exchanged(
 
 
 def exchange(
-    bench: compare.Bench, models: dict[str, list[SparseViT]], sites: Collection[NormSite]
+    bench: Bench, models: dict[str, list[SparseViT]], sites: Collection[NormSite]
 ) -> list[dict[str, str | float]]:
     """Mean top-1 of every method with each kind's ranges from the real images of the same seed."""
     kinds = list(dict.fromkeys(map(kind, quantizers(models["real"][0]))))
@@ -76,7 +75,7 @@ def exchange(
             for seed, model in enumerate(seeds)
             if method != "real"
         }
-        top1 = {key: result["top1"] for key, result in evaluate(made, bench.data, bench.device, quiet=True).items()}
+        top1 = {key: result["top1"] for key, result in bench.evaluated(made).items()}
         rows.append({"from_real": label})
         for method, _ in made:
             rows[-1][method] = statistics.mean(value for (name, _), value in top1.items() if name == method)
@@ -85,41 +84,42 @@ def exchange(
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Calibrate once per method and seed; print and write each range's width over the mean width of real images."""
-    parser = compare.grid_parser(__doc__, "./runs/ranges")
+    parser = quant_grid_parser(__doc__, "./runs/ranges")
     parser.add_argument(
         "--exchange",
         action="store_true",
         help="evaluate the models of the other images with one kind of places' ranges from real images at a time",
     )
-    args, others = compare.parse_arguments(parser, argv)
+    args, others = parser.parse_known_args(argv)
     if "real" not in args.baselines:
         raise UserError("ranges are held against those of real images; let --baselines have real among them")
     if any(a_bit == 32 for _, a_bit in args.bits):
         raise UserError("32-bit activations have no ranges; give --bits fewer")
-    output, name = writable_folder(args.output, "--output"), (args.models or [DEFAULT_MODEL])[0]
-    run = test_quant.parser().parse_args([*others, "--model", name])
-    if args.exchange and (run.reconstruct or run.bias_correction):
+    cells = [cell for cell in cells_of(args, others) if cell.task.model.name == args.models[0]]
+    how = cells[0].task.quantization
+    if args.exchange and (how.reconstruct or how.bias_correction):
         raise UserError("--exchange is for ranges alone; leave --reconstruct and --bias_correction out")
-    bench = compare.Bench(name, run)
-    sources, run = bench.sources(args, others, output)
+    output, bench = writable_folder(args.output, "--output"), Bench(cells[0].task)
     rows, swaps = [], []
-    for w_bit, a_bit in args.bits:
-        config, width = fitting(bench.vit, test_quant.quant_config(run, w_bit, a_bit)), f"W{w_bit}/A{a_bit}"
-        models = {method: [quantize(bench.vit, images, config) for images in sets] for method, sets in sources.items()}
+    for width in dict.fromkeys(cell.width for cell in cells):
+        of_width = [cell for cell in cells if cell.width == width]
+        models = bench.quantized(of_width)
         found = {method: [widths(model) for model in made] for method, made in models.items()}
         for place in found["real"][0]:
             mean = {method: statistics.mean(seed[place] for seed in seeds) for method, seeds in found.items()}
             ratios = {method: mean[method] / mean["real"] for method in mean}
             rows.append({"width": width, "place": place, "real_range": mean["real"], **ratios})
         if args.exchange:
-            sites = norm_sites(bench.vit) if OBSERVERS[config.method].reparameterize else []
+            method = OBSERVERS[fitting(bench.vit, of_width[0].task.quantization).method]
+            sites = norm_sites(bench.vit) if method.reparameterize else []
             swaps += [{"width": width, **row} for row in exchange(bench, models, sites)]
+    methods = list(models)
     write_json(output / "ranges.json", rows)
-    save_ranges(output / "ranges.png", [row for row in rows if row["width"] == rows[-1]["width"]], list(sources))
-    print_medians(rows, list(sources))
+    save_ranges(output / "ranges.png", [row for row in rows if row["width"] == rows[-1]["width"]], methods)
+    print_medians(rows, methods)
     if swaps:
         write_json(output / "exchange.json", swaps)
-        changed = [method for method in sources if method != "real"]
+        changed = [method for method in methods if method != "real"]
         lines = [[row["width"], row["from_real"], *(f"{row[m]:.2f}" for m in changed)] for row in swaps]
         print(table(["width", "ranges from real", *(f"{m}, top-1 %" for m in changed)], lines))
     print(f"ranges and picture: {output}")

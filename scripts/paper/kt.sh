@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The knowledge-transfer tables: DeiT-Tiny and DeiT-Base on CIFAR-10 and CIFAR-100, dense, SMI and PRI inversion.
-#   DATASET=/data/cifar MODEL_PATH=/data/teachers bash scripts/paper_kt.sh [flags of compare_kt.py]
+#   DATASET=/data/cifar MODEL_PATH=/data/teachers bash scripts/paper/kt.sh [flags of compare_kt.py]
 # DATASET: folder with cifar10/ and cifar100/, image folders or torchvision's roots. MODEL_PATH: folder with NAME.pth.
-#   bash scripts/paper_kt.sh --tiny        # the same grid on the bundled pair, in minutes
+#   bash scripts/paper/kt.sh --tiny        # the same grid on the bundled pair, in minutes
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" requirements.txt
+source "$(dirname "$0")/../environment.sh" requirements.txt
 grid=(--strategies dense smi pri --students linear)
 if [ "${1:-}" = --tiny ]; then
     shift

@@ -7,20 +7,21 @@ Inverted images that keep as many patches are to be held against these. OUTPUT g
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import test_quant
 from models import SparseImages
-from quant import evaluate, quantize
+from quant import quantize
 from scripts.compare import ONE_MODEL, Bench
 from scripts.comparison import refuse_flags
 from utils.cli import Parser, positive
 from utils.errors import UserError, run_main
-from utils.files import writable_folder, write_json
+from utils.files import write_json
+from utils.flags import quant_parser, quant_task
 from utils.report import table
 
 
@@ -37,16 +38,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--patches", nargs="+", type=positive, required=True, metavar="N", help="patches that are left")
     parser.add_argument("--output", metavar="DIR", default="./runs/missing_patches", help="where the table goes")
     ours, others = parser.parse_known_args(argv)
-    refuse_flags(others, {"--mode", *ONE_MODEL}, "is not for this script; see --help")
-    args = test_quant.parser().parse_args([*others, "--mode", "2"])
-    config, output = test_quant.quant_config(args), writable_folder(ours.output, "--output")
-    bench = Bench(args.model, args)
+    refuse_flags(others, dict.fromkeys(("--mode", "--images", *ONE_MODEL), "is not for this script; see --help"))
+    task, output = quant_task(quant_parser("").parse_args([*others, "--mode", "2"])), Path(ours.output)
+    task, bench = replace(task, run=replace(task.run, output=output)), Bench(task)
     if max(ours.patches) > bench.vit.grid.count:
         raise UserError(f"--patches {max(ours.patches)}: images of this model have {bench.vit.grid.count}")
-    images, rows = bench.images(args, output)[0], []
+    images, rows = bench.images(task)[0], []
     for count in ours.patches:
-        sparse = thinned(images, count, torch.Generator().manual_seed(args.seed))
-        result = evaluate({"quant": quantize(bench.vit, sparse, config)}, bench.data, bench.device)["quant"]
+        sparse = thinned(images, count, torch.Generator().manual_seed(task.run.seed))
+        result = bench.evaluated({"quant": quantize(bench.vit, sparse, task.quantization)})["quant"]
         rows.append({"patches": count, "calibration_images": len(images), **result})
     write_json(output / "missing_patches.json", rows)
     print(table(["patches", "top-1 %", "loss"], [[r["patches"], f"{r['top1']:.2f}", f"{r['loss']:.4f}"] for r in rows]))

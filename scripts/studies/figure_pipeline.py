@@ -3,7 +3,7 @@
 
     python test_quant.py --iterations 300 --prune_it 30 60 120 200 --prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.02 \\
         --snapshots 0 15 30 60 120 200 300 --datapool runs/pipeline --output runs/pipeline/report
-    python scripts/figure_pipeline.py runs/pipeline/deit_nano_4_digits-smi-*
+    python scripts/studies/figure_pipeline.py runs/pipeline/deit_nano_4_digits-smi-*
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure

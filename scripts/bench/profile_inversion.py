@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from inversion import InversionConfig
 from inversion.canvas import draw_jitters
-from models import DEFAULT_MODEL, LoadedModel, SparseViT, load_model
-from scripts.bench_inversion import Engine, random_positions, warm_up
+from models import DEFAULT_MODEL, LoadedModel, load_model
+from scripts.bench.bench_inversion import Engine, random_positions, warm_up
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, pick_dtype
 from utils.errors import run_main
+from utils.flags import add_device_arguments
 from utils.report import table
 
 CPU_ONLY = ("packed blocks", "written-out attention")
@@ -64,9 +65,7 @@ def parser() -> Parser:
     add("--patches", type=positive, help="kept patches per image; default all")
     add("--repeats", type=positive, default=7, help="timed iterations of each")
     add("--operators", type=positive, default=20, help="operators to list")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--gpu", type=int, default=0, help="number of the CUDA GPU")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of the engine")
+    add_device_arguments(parser)
     add("--return_memory", action="store_true", help="CPU: let glibc give freed memory back, in the whole run")
     return parser
 
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device, args.gpu)
     config = InversionConfig(batch_size=args.batch, dtype=pick_dtype(args.dtype, device))
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
-    grid = SparseViT(model.vit).grid
+    grid = model.grid
     patches = min(args.patches or grid.count, grid.count)
     positions = random_positions(grid, args.batch, patches, device)
     print(f"{args.model}, {args.batch} images, {patches} patches, {device_name(device)}, {config.dtype}")

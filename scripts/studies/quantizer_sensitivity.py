@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from torch import nn
 
-import test_quant
-from models import DEFAULT_MODEL, SparseViT
-from quant import evaluate, quantize
+from models import SparseViT
 from quant.insert import quantizers
-from scripts import compare
+from scripts.compare import Bench, cells_of, quant_grid_parser
 from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.report import table
@@ -39,7 +38,8 @@ LEFT_OUT = {
 
 
 def without(vit: SparseViT, parts: list[str]) -> SparseViT:
-    """`vit` with the activation quantizers removed whose names contain one of `parts`."""
+    """A copy of `vit` without the activation quantizers whose names contain one of `parts`."""
+    vit = copy.deepcopy(vit)
     for name in quantizers(vit):
         if any(part in name for part in parts):
             vit.set_submodule(name, nn.Identity())
@@ -48,23 +48,21 @@ def without(vit: SparseViT, parts: list[str]) -> SparseViT:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Calibrate once per method and seed, leave out, evaluate; print and write the means over seeds."""
-    args, others = compare.parse_arguments(compare.grid_parser(__doc__, "./runs/sensitivity"), argv)
-    output, name = writable_folder(args.output, "--output"), (args.models or [DEFAULT_MODEL])[0]
-    bench = compare.Bench(name, test_quant.parser().parse_args([*others, "--model", name]))
-    sources, run = bench.sources(args, others, output)
+    args, others = quant_grid_parser(__doc__, "./runs/sensitivity").parse_known_args(argv)
+    cells = [cell for cell in cells_of(args, others) if cell.task.model.name == args.models[0]]
+    output, bench = writable_folder(args.output, "--output"), Bench(cells[0].task)
     rows = []
-    for w_bit, a_bit in args.bits:
-        config = test_quant.quant_config(run, w_bit, a_bit)
+    for width in dict.fromkeys(cell.width for cell in cells):
+        models = bench.quantized([cell for cell in cells if cell.width == width])
         for label, parts in LEFT_OUT.items():
-            row = {"left_out": label, "w_bit": w_bit, "a_bit": a_bit}
-            for kind, seeds in sources.items():
-                models = {str(i): without(quantize(bench.vit, images, config), parts) for i, images in enumerate(seeds)}
-                top1 = [result["top1"] for result in evaluate(models, bench.data, bench.device, quiet=True).values()]
-                row[kind] = round(statistics.mean(top1), 2)
+            row = {"left_out": label, "width": width}
+            for method, seeds in models.items():
+                changed = {str(seed): without(model, parts) for seed, model in enumerate(seeds)}
+                row[method] = round(statistics.mean(r["top1"] for r in bench.evaluated(changed).values()), 2)
             rows.append(row)
     write_json(output / "sensitivity.json", rows)
-    lines = [[r["left_out"], f"W{r['w_bit']}/A{r['a_bit']}", *(f"{r[k]:.2f}" for k in sources)] for r in rows]
-    print(table(["left out", "width", *sources], lines))
+    lines = [[row["left_out"], row["width"], *(f"{row[method]:.2f}" for method in models)] for row in rows]
+    print(table(["left out", "width", *models], lines))
     return rows
 
 

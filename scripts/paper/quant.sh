@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The quantization tables: DeiT-Tiny and DeiT-Base calibrated with noise, real images, and dense, SMI and PRI inversion.
-#   DATASET=/data/imagenet bash scripts/paper_quant.sh [flags of compare.py]
+#   DATASET=/data/imagenet bash scripts/paper/quant.sh [flags of compare.py]
 # DATASET: image folder with train/ and val/. MODEL_PATH: folder with NAME.pth; without it timm downloads the weights.
-#   bash scripts/paper_quant.sh --tiny     # the same grid on the bundled model, in minutes
+#   bash scripts/paper/quant.sh --tiny     # the same grid on the bundled model, in minutes
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" requirements.txt
+source "$(dirname "$0")/../environment.sh" requirements.txt
 if [ "${1:-}" = --tiny ]; then
     shift
     what=(--iterations 300 --tv2 0.02 --prune_it 30 60 120 180 --seeds 0 1 2 --datapool runs/paper_quant_tiny/datapool --output runs/paper_quant_tiny)

@@ -1,0 +1,147 @@
+"""The task of `test_quant.py`: quantize a model without its data, and say how accurate it still is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from inversion import SynthesisReport
+from models import LoadedModel, ModelConfig, SparseImages, SparseViT, load_model
+from models.registry import short_name
+from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
+from quant.sensitivity import save_sensitivity, sensitivity
+from utils.data import DataConfig, evaluation_set, limited, loader
+from utils.device import device_name, pick_device, seed_all, versions
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.files import write_json
+from utils.images import Inverted, Source, Stored, Synthesis, images_at_hand
+from utils.pictures import LossCurve, save_images, save_loss_curve
+from utils.ranks import rank, rank_zero_first
+from utils.report_page import write_quant_page
+from utils.run import RunConfig
+
+
+@dataclass(frozen=True)
+class QuantTask:
+    """Everything that a run of the task is asked for.
+
+    `num_images`: calibration images. `sensitivity`: measure what each layer alone costs. `save`: folder for the
+    quantized model. `export`: ONNX file.
+
+    Raises `UserError` for what cannot go together.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    images: Source
+    num_images: int
+    quantization: QuantConfig
+    run: RunConfig
+    sensitivity: bool = False
+    save: str | Path | None = None
+    export: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
+            raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        how = self.quantization
+        model = short_name(self.model.name)
+        return f"{model}-{self.images.kind}-w{how.w_bit}a{how.a_bit}-s{self.run.seed}"
+
+    def settings(self) -> dict:
+        """What its numbers depend on besides the model's weights, as JSON holds it."""
+        images = {"kind": self.images.kind, "count": self.num_images, "seed": self.run.seed}
+        if isinstance(self.images, Inverted):
+            images["inversion"] = self.images.config.settings()
+        elif isinstance(self.images, Stored):
+            images["path"] = str(self.images.path)
+        data = {"dataset": self.data.dataset and str(self.data.dataset), "val_limit": self.data.val_limit}
+        return {"model": self.model.name, **data, "images": images, "quantization": asdict(self.quantization)}
+
+
+def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
+    """Run the task, on one rank of a `process_group`; its report, which stands in the output folder with pictures.
+
+    Raises `UserError` for whatever the user can mend; what can be refused is refused before anything is computed.
+    """
+    device = device or pick_device(task.run.device, task.run.gpu)
+    seed_all(task.run.seed)
+    model = load_model(task.model.name, task.model.path)
+    config = fitting(SparseViT(model.vit), task.quantization)
+    output = task.run.folder(task.name)
+    if task.save:
+        require_own_folder(task.save)
+    if task.export:
+        export.require_export(task.export, model)
+    test_set = evaluation_set(model, task.data)
+    data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
+
+    images, synthesis, curve = _calibration(task, model, device, output)
+    vit = model.sparse(device)
+    start = time.perf_counter()
+    quantized = quantize(vit, images, config, task.run.progress)
+    seconds = time.perf_counter() - start
+    models = {"fp": vit, "quant": quantized}
+    with rank_zero_first():
+        if task.save and rank() == 0:
+            save_quantized(task.save, quantized, model, config, test_set.classes)
+        if task.export:
+            file = Path(task.export).expanduser()
+            if rank() == 0:
+                export.export(file, quantized, model, config, test_set.classes)
+            models["export"] = export.OnnxModel(file)
+    accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress)
+
+    report = {
+        "task": "quant",
+        "model": model.name,
+        "mode": task.images.mode,
+        "calibration": task.images.kind,
+        "w_bit": config.w_bit,
+        "a_bit": config.a_bit,
+        "quantization": {**asdict(task.quantization), "method": config.method},
+        "seed": task.run.seed,
+        "device": device_name(device),
+        "dtype": task.images.config.dtype if isinstance(task.images, Inverted) else "float32",
+        **accuracy,
+        "inversion": asdict(synthesis),
+        "calibration_images": len(images),
+        "calibration_seconds": round(seconds, 3),
+        "versions": versions(),
+        "command": task.run.command,
+    }
+    if task.sensitivity:
+        report["sensitivity"] = sensitivity(vit, images, config, task.run.progress)
+    if rank() == 0:
+        if task.export:
+            difference = round(report["export"]["top1"] - report["quant"]["top1"], 3)
+            report["export"] |= {"file": str(file), "top1_difference": difference, **export.speed(file, vit, model)}
+        if task.sensitivity:
+            write_json(output / "sensitivity.json", report["sensitivity"])
+            save_sensitivity(output / "sensitivity.png", report["sensitivity"])
+        save_images(output / "images.png", images, model)
+        if curve is not None:
+            save_loss_curve(output / "loss.png", curve)
+        write_quant_page(output, report, curve)
+        write_json(output / "report.json", report)
+    return report
+
+
+def _calibration(
+    task: QuantTask, model: LoadedModel, device: torch.device, output: Path
+) -> tuple[SparseImages, SynthesisReport, LossCurve | None]:
+    """The images, what synthesizing them cost, and the course of their loss where they were inverted."""
+    if not isinstance(task.images, Inverted):
+        return images_at_hand(model, task.images, task.num_images, task.run.seed), SynthesisReport(), None
+    where = {"log": output / "synthesis.jsonl", "tensorboard": task.run.events(output), "progress": task.run.progress}
+    synthesis = Synthesis(model, task.images, device, **where)
+    images = synthesis.first(task.num_images)
+    return images, synthesis.cost(task.num_images), synthesis.course(task.num_images)
