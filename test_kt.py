@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> dict:
     task = transfer_task(transfer_parser(__doc__).parse_args(argv))
     with process_group(task.run.device, task.run.gpu) as device:
         report = transfer_report(task, device, tell=print)
-        print_summary(report, task.run.folder(task.name))
+        print_summary(report, task.folder)
     return report
 
 

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> dict:
     task = quant_task(quant_parser(__doc__).parse_args(argv))
     with process_group(task.run.device, task.run.gpu) as device:
         report = quant_report(task, device)
-        print_summary(report, task.run.folder(task.name))
+        print_summary(report, task.folder)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -13,10 +14,12 @@ from inversion.projections import parse_projection
 from inversion.schedule import check_schedule
 from inversion.strategies import STRATEGIES, Strategy
 from inversion.targets import check_targets
+from utils.cli import positive, setting
 from utils.errors import UserError
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
 LR_SCHEDULES = ("constant", "cosine")
+TIMES = {"type": int, "nargs": "+", "metavar": "T"}
 
 
 @dataclass(frozen=True)
@@ -27,30 +30,32 @@ class InversionConfig:
         UserError: a value out of range, an unknown name, or an impossible schedule.
     """
 
-    iterations: int = 4000
-    lr: float = 0.25
-    betas: tuple[float, float] = (0.5, 0.99)
-    lr_schedule: str = "constant"
-    """`cosine` falls to 0 at the end."""
-    warmup: int = 0
-    """Iterations in which the learning rate rises from 0."""
-    init: str = "white"
-    """What the pixels are at first, a key of `INITS`."""
+    iterations: int = setting(4000, "optimizer steps per image", type=positive)
+    lr: float = setting(0.25, "Adam's learning rate, in normalized pixels", "--lr_g", type=float)
+    betas: tuple[float, float] = setting((0.5, 0.99), "Adam's averaging", type=float, nargs=2, metavar="B")
+    lr_schedule: str = setting("constant", "of --lr_g; cosine falls to 0 at the end", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=int, metavar="N")
+    init: str = setting("white", "noise that pixels start from; pink has images' spectrum", choices=INITS)
+    strategy: str | None = setting(None, "what stops; default smi with --prune_it, else dense", choices=STRATEGIES)
+    importance: str = setting("cls", "what ranks the patches; cls: the class token's attention", choices=IMPORTANCES)
+    prune_it: tuple[int, ...] = setting((-1,), "iterations at which patches stop; default -1: dense", **TIMES)
+    prune_ratio: tuple[float, ...] = setting(
+        (0.0,), "share of the remaining patches stopped at each of them, in [0, 1)", type=float, nargs="+", metavar="R"
+    )
+    pri_division: int = setting(4, "images of one pri trajectory", type=int, metavar="V")
+    targets: tuple[str, ...] = setting(
+        ("uniform",), "labels: uniform (default), balanced, class:K, or a list of classes", nargs="+", metavar="T"
+    )
+    soft_label: float = setting(0.0, "share of a label spread over all classes", type=float, metavar="ALPHA")
+    projections: tuple[str, ...] = setting(
+        ("clamp",), "after a step: clamp (always), lowpass:cutoff=0.8,every=100", "--projection", nargs="+", metavar="P"
+    )
+    flip: bool = setting(True, "mirror the image in half of the iterations; default yes", action=BooleanOptionalAction)
+    snapshots: tuple[int, ...] = setting((), "iterations at which a batch is kept, for pictures; default none", **TIMES)
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    """Of the terms of the loss, by name."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Settings of the priors besides weights; what is left out has its default."""
-    strategy: str | None = None
-    """A key of `STRATEGIES`; None: `smi` if there is a schedule, else `dense`."""
-    importance: str = "cls"
-    prune_it: tuple[int, ...] = (-1,)
-    prune_ratio: tuple[float, ...] = (0.0,)
-    pri_division: int = 4
-    targets: tuple[str, ...] = ("uniform",)
-    soft_label: float = 0.0
-    projections: tuple[str, ...] = ("clamp",)
-    flip: bool = True
-    snapshots: tuple[int, ...] = ()
-    """Iterations before which the batch is kept as it is; `iterations` is the end."""
     student: str | None = None
     """What the student of the adversarial term is and how it learns; ignored without that term."""
     batch_size: int = 32

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kt.augment import AUGMENTATIONS, augmented, drawn, take
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
+from utils.cli import positive, rate, setting
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
@@ -28,25 +29,17 @@ LR_SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns; the defaults are the published setting.
+    """How a student learns; the defaults are the published setting. Raises `UserError` for values that cannot be."""
 
-    `batch_size`: images a step, over all ranks. `steps`: of each epoch; `eval_every`: epochs between two evaluations.
-    `optimizer`: `sgd` (momentum 0.9) or `adamw`, weight decay 1e-4, with learning rate `lr`, which `lr_schedule`
-    `cosine` lets fall to zero over all epochs. `temperature`: of the soft targets. `augment`: names of `AUGMENTATIONS`.
-    `seed`: of the batches and of `augment`.
-
-    Raises `UserError` for values that cannot be.
-    """
-
-    batch_size: int = 32
-    epochs: int = 1000
-    steps: int = 1
-    eval_every: int = 1
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    lr_schedule: str = "constant"
-    temperature: float = 20.0
-    augment: tuple[str, ...] = ("flip", "shift")
+    batch_size: int = setting(32, "images per distillation step, over all ranks", "--kr-batchsize", type=positive)
+    epochs: int = setting(1000, "rounds of synthesis and distillation", "--epoches", "--epochs", type=positive)
+    steps: int = setting(1, "distillation steps per epoch", "--kd_steps", type=positive)
+    eval_every: int = setting(1, "epochs between two evaluations", type=positive)
+    optimizer: str = setting("sgd", "of the student; sgd has momentum 0.9; weight decay is 1e-4", choices=OPTIMIZERS)
+    lr: float = setting(0.1, "learning rate of the student", type=rate)
+    lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
+    temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
+    augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -11,34 +11,25 @@ from torch import nn
 
 from models import DEFAULT_MODEL, LoadedModel, load_model
 from models.registry import NAMED_MODELS, WEIGHTS_DIR
+from utils.cli import setting
 from utils.errors import UserError
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
 
 
-INITS, FINETUNE = ("pretrained", "scratch"), ("linear", "full")
-
-
 @dataclass(frozen=True)
 class StudentConfig:
-    """Which student, from which weights, and what of it learns.
+    """Which student, from which weights, and what of it learns. Raises `UserError` for what does not go together."""
 
-    `name`: an architecture that `load_model` knows; the teacher's own if None. `path`: backbone weights, a file or a
-    folder; None takes timm's, or the bundled one for the bundled teacher. `init`: `pretrained` or `scratch`.
-    `finetune`: `linear` lets the new head alone learn, `full` everything.
-
-    Raises `UserError` for values that do not go together.
-    """
-
-    name: str | None = None
-    path: str | Path | None = None
-    init: str = "pretrained"
-    finetune: str = "linear"
+    name: str | None = setting(None, "architecture of the student; default the teacher's", "--student", metavar="NAME")
+    path: str | None = setting(None, "its backbone weights, file or folder", "--student_path", metavar="PATH")
+    init: str = setting("pretrained", "where its weights start", "--student_init", choices=("pretrained", "scratch"))
+    finetune: str = setting("linear", "what learns: the new head, or everything", choices=("linear", "full"))
 
     def __post_init__(self) -> None:
-        if self.init not in INITS or self.finetune not in FINETUNE:
-            raise UserError(f"a student is {' or '.join(INITS)}, and {' or '.join(FINETUNE)}")
+        if self.init not in ("pretrained", "scratch") or self.finetune not in ("linear", "full"):
+            raise UserError("a student is pretrained or scratch, and linear or full")
         if self.init == "scratch" and self.path is not None:
             raise UserError("--student_init scratch starts from random weights; leave out --student_path")
         if self.init == "scratch" and self.finetune == "linear":
@@ -75,12 +66,12 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
     return student
 
 
-def save_student(student: LoadedModel, teacher: LoadedModel, folder: Path, **facts: object) -> None:
+def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path, **facts: object) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
 
     The student reads images normalized as the teacher's are.
     """
-    ways = teacher.preprocessing
+    folder, ways = Path(folder).expanduser(), teacher.preprocessing
     config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
     config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.patches import PatchGrid
 from models.sparse_vit import SparseViT, require_supported
+from utils.cli import setting
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -72,8 +73,10 @@ def short_name(name: str) -> str:
 class ModelConfig:
     """Which model: what `load_model` takes as `name` and `model_path`."""
 
-    name: str = DEFAULT_MODEL
-    path: str | Path | None = None
+    name: str = setting(
+        DEFAULT_MODEL, "named DeiT, timm ViT, hf-hub:ORG/NAME, local-dir:DIR", "--model", metavar="NAME"
+    )
+    path: str | None = setting(None, "local weights, a file or a folder with NAME.pth", "--model_path", metavar="PATH")
 
 
 @dataclass(frozen=True)

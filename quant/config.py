@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quant.observers import OBSERVERS
+from utils.cli import positive, rate, setting
 from utils.errors import UserError
 
 BITS = (*range(2, 9), 32)
@@ -20,27 +21,36 @@ def check_bits(w_bit: int, a_bit: int) -> None:
             raise UserError(f"{flag} {bits} is not 2 to 8, or 32 for full precision")
 
 
+def parts(text: str) -> tuple[str, ...]:
+    """argparse type: what commas part."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Everything that a quantized model depends on besides the model and the images.
 
-    `w_bit`, `a_bit`: bits of weights and activations, 2 to 8, or 32 to leave them alone. `observer`: a key of
-    `OBSERVERS`, or `auto`. `fill`: calibrate on full grids, `SparseImages.filled`, instead of kept patches alone.
-    `keep`: layers that get at least 8 bits, see `kept`. `batch_size`: images a forward pass.
-    `reconstruct_seconds`: time limit of the reconstruction, None for none.
+    `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of what `reconstruct` draws.
 
     Raises `UserError` for values that cannot be, or not together.
     """
 
-    w_bit: int = 8
-    a_bit: int = 8
-    observer: str = "minmax"
-    fill: bool = False
-    keep: tuple[str, ...] = ()
-    bias_correction: bool = False
-    reconstruct: bool = False
-    reconstruct_steps: int = 300
-    reconstruct_seconds: float | None = None
+    w_bit: int = setting(8, "bits of the weights, 2 to 8; 32 leaves them alone", type=int)
+    a_bit: int = setting(8, "bits of the activations, 2 to 8; 32 leaves them alone", type=int)
+    observer: str = setting(
+        "minmax",
+        "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
+        "matrix products alone; auto: repq below 8 bits of activations, else mse",
+        choices=(*OBSERVERS, "auto"),
+    )
+    fill: bool = setting(False, "calibrate on full grids: stopped patches replaced by the nearest kept ones")
+    keep: tuple[str, ...] = setting(
+        (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
+    )
+    bias_correction: bool = setting(False, "shift biases until every layer's mean output is as it was")
+    reconstruct: bool = setting(False, "learn rounding and ranges, block by block, on the images")
+    reconstruct_steps: int = setting(300, "steps for each block", type=positive)
+    reconstruct_seconds: float | None = setting(None, "its time limit in s; default none", type=rate, metavar="S")
     batch_size: int = 32
     seed: int = 0
 

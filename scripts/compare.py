@@ -107,9 +107,8 @@ class Bench:
 
     def images(self, task: QuantTask) -> tuple[SparseImages, SynthesisReport]:
         """What the task is calibrated with, and what it cost."""
-        folder = task.run.folder(task.name)
         if isinstance(task.images, Inverted):
-            log = folder / "synthesis.jsonl"
+            log = task.folder / "synthesis.jsonl"
             synthesis = Synthesis(self.model, task.images, self.device, log, progress=task.run.progress)
             return synthesis.first(task.num_images), synthesis.cost(task.num_images)
         start = time.perf_counter()
@@ -143,7 +142,7 @@ class Bench:
         if missing:
             print(f"== {self.model.name}, {method.name}, seed {task.run.seed}", flush=True)
             images, cost = self.images(task)
-            save_images(task.run.folder(task.name) / "images.png", images, self.model)
+            save_images(task.folder / "images.png", images, self.model)
             models = {width: quantize(self.vit, images, configs[width], task.run.progress) for width in missing}
             for width, result in self.evaluated(models, task.run.progress).items():
                 row = {"task": "quant", "model": self.model.name, "method": method.name, "prior": method.prior}

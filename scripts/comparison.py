@@ -23,7 +23,7 @@ from utils.cli import Parser, natural
 from utils.errors import UserError
 from utils.files import append_json_line, atomic, read_json_lines, write_json
 from utils.pictures import save_figure
-from utils.report import duration, table
+from utils.report import accuracy, by_method, duration, table
 from utils.report_page import write_comparison_page
 
 BASELINES = {"real": 2, "gaussian": 1}
@@ -178,32 +178,19 @@ def shown_images(model: LoadedModel, images: SparseImages) -> tuple[Tensor, Tens
     return model.grid.unpatchify(model.preprocessing.denormalize(images.patches), images.positions), images.labels
 
 
-def accuracy(row: Mapping[str, object]) -> str:
-    """`93.1 ± 0.2`, or without the spread where there is one seed."""
-    return f"{row['top1']:.2f}" + ("" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}")
-
-
 def print_table(summary: Sequence[dict], column: str) -> None:
     """Methods down, the values of `column` across, then the cost of their images; a table for each model."""
     for model in dict.fromkeys(row["model"] for row in summary):
-        mine = [row for row in summary if row["model"] == model]
-        columns = list(dict.fromkeys(row[column] for row in mine))
-        cells = {(row["method"], row[column]): row for row in mine}
+        values, methods = by_method([row for row in summary if row["model"] == model], column)
         lines = []
-        for method in dict.fromkeys(row["method"] for row in mine):
-            found = [cells.get((method, value)) for value in columns]
-            cost = next(row for row in found if row is not None)
+        for method, found in methods.items():
+            cost = next(filter(None, found))
             shown = ("images", "images_per_second", "gflop_per_image", "peak_memory_mb")
-            lines.append(
-                [
-                    method,
-                    *("-" if row is None else accuracy(row) for row in found),
-                    duration(cost["synthesis_seconds"]),
-                    *("-" if cost[key] is None else f"{cost[key]:g}" for key in shown),
-                ]
-            )
+            numbers = ("-" if cost[key] is None else f"{cost[key]:g}" for key in shown)
+            made_in = duration(cost["synthesis_seconds"])
+            lines.append([method, *(accuracy(row) or "-" for row in found), made_in, *numbers])
         print(f"\n{model}, top-1 in per cent")
-        print(table(["images", *map(str, columns), "made in", "number", "images/s", "GFLOP/image", "peak MB"], lines))
+        print(table(["images", *map(str, values), "made in", "number", "images/s", "GFLOP/image", "peak MB"], lines))
 
 
 def write_results(

@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import time
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from models import load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
 from utils.checkpoint import Checkpoint
-from utils.cli import Parser, natural, positive, rate
+from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
 from utils.data import limited, load_split, loader
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
@@ -46,82 +47,6 @@ EVAL_BATCH_SIZE = 200
 
 # What says where and how fast, not what: a run may go on with others.
 NOT_SETTINGS = ("output", "device", "num_workers")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training, each field as the flag of its name, none left open."""
-
-    model: str
-    model_path: str | None
-    init: str
-    dataset: str | None
-    data: str
-    epochs: int
-    batch_size: int
-    lr: float
-    head_lr: float | None
-    weight_decay: float
-    label_smoothing: float
-    warmup_epochs: int
-    crop_padding: int | None
-    flip: bool
-    noise: float
-    patch_drop: float
-    dtype: str
-    device: str
-    seed: int
-    num_workers: int
-    output: str
-    val_limit: int | None
-
-    def settings(self) -> dict[str, object]:
-        """What the trained weights depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The command line, defaults filled in. Raises `UserError` where flags contradict each other."""
-    parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
-    add("--model_path", metavar="PATH", help="weights to start from, a file or a folder; default the model's own")
-    add("--init", choices=("pretrained", "scratch"), default="pretrained", help="start from trained or random weights")
-    add("--dataset", metavar="DIR", help="folder with the data, for torchvision's CIFAR its root; the digits need none")
-    add("--data", choices=(*CLASSES, "folder"), help="kind of data; default what the model's name tells, else folder")
-    add("--epochs", type=positive, default=100, help="passes over the training images")
-    add("--batch_size", type=positive, default=64, help="images per step")
-    add("--lr", type=rate, help="peak learning rate of AdamW; default 1e-3 from scratch, else 1e-4")
-    add("--head_lr", type=rate, metavar="LR", help="peak learning rate of the classifier head; default --lr")
-    add("--weight_decay", type=share, default=0.05, help="AdamW's weight decay, times the learning rate, of matrices")
-    add("--label_smoothing", type=share, default=0.1, help="share of the label's weight spread over all classes")
-    add("--warmup_epochs", type=natural, metavar="N", help="epochs of rising learning rate; default --epochs / 20")
-    add("--crop_padding", type=natural, metavar="N", help="pixels of reflection round a random crop; default size / 16")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; default all data but digits")
-    add(
-        "--noise", type=deviation, default=0.0, help="noise added, normalized pixels: standard deviations in [0, NOISE)"
-    )
-    add("--patch_drop", type=share, default=0.0, help="patches left out of a step: a share in [0, PATCH_DROP)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format of matrix products")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
-    add("--num_workers", type=natural, default=4, help="processes that load images")
-    add("--output", metavar="DIR", required=True, help="folder for checkpoint, trained model and training.json")
-    add("--val_limit", type=positive, metavar="N", help="evaluate on N images only; default all")
-    args = parser.parse_args(argv)
-    if args.init == "scratch" and args.model_path is not None:
-        raise UserError("--init scratch starts from random weights; leave out --model_path")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 20
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    args.lr = args.lr or (1e-3 if args.init == "scratch" else 1e-4)
-    args.data = args.data or implied_data(args.model, args.dataset)
-    if args.data == "digits" and args.dataset is not None:
-        raise UserError("--data digits is bundled; leave out --dataset")
-    if args.flip is None:
-        args.flip = args.data != "digits"
-    return TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
 
 
 def share(text: str) -> float:
@@ -138,6 +63,62 @@ def deviation(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return value
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training. Raises `UserError` where settings contradict each other; what None means is filled in."""
+
+    output: str = setting("", "folder for checkpoint, trained model and training.json", metavar="DIR", required=True)
+    model: str = setting(DEFAULT_MODEL, "a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
+    model_path: str | None = setting(None, "weights to start from, file or folder; default its own", metavar="PATH")
+    init: str = setting("pretrained", "start from trained or random weights", choices=("pretrained", "scratch"))
+    dataset: str | None = setting(None, "folder of the data, of CIFAR its root; the digits need none", metavar="DIR")
+    data: str | None = setting(None, "kind of data; default what the model's name tells", choices=(*CLASSES, "folder"))
+    epochs: int = setting(100, "passes over the training images", type=positive)
+    batch_size: int = setting(64, "images per step", type=positive)
+    lr: float | None = setting(None, "peak learning rate of AdamW; default 1e-3 from scratch, else 1e-4", type=rate)
+    head_lr: float | None = setting(None, "peak learning rate of the head; default --lr", type=rate, metavar="LR")
+    weight_decay: float = setting(0.05, "AdamW's weight decay, times the learning rate, of matrices", type=share)
+    label_smoothing: float = setting(0.1, "share of the label's weight spread over all classes", type=share)
+    warmup_epochs: int | None = setting(None, "epochs of rising rate; default --epochs / 20", type=natural, metavar="N")
+    crop_padding: int | None = setting(None, "reflected px round a random crop; default size / 16", type=natural)
+    flip: bool | None = setting(None, "mirror half of the images; default all but digits", action=BooleanOptionalAction)
+    noise: float = setting(0.0, "noise added, normalized pixels: standard deviations in [0, NOISE)", type=deviation)
+    patch_drop: float = setting(0.0, "patches left out of a step: a share in [0, PATCH_DROP)", type=share)
+    dtype: str = setting("auto", "number format of matrix products", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, "seed of weights, order and augmentation", type=natural)
+    num_workers: int = setting(4, "processes that load images", type=natural)
+    val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
+
+    def __post_init__(self) -> None:
+        if self.init == "scratch" and self.model_path is not None:
+            raise UserError("--init scratch starts from random weights; leave out --model_path")
+        data = self.data or implied_data(self.model, self.dataset)
+        found = {
+            "data": data,
+            "lr": self.lr or (1e-3 if self.init == "scratch" else 1e-4),
+            "warmup_epochs": self.epochs // 20 if self.warmup_epochs is None else self.warmup_epochs,
+            "flip": data != "digits" if self.flip is None else self.flip,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs} must be below --epochs {self.epochs}")
+        if data == "digits" and self.dataset is not None:
+            raise UserError("--data digits is bundled; leave out --dataset")
+
+    def settings(self) -> dict[str, object]:
+        """What the trained weights depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The command line."""
+    parser = Parser(__doc__.splitlines()[0])
+    add_flags(parser, TrainConfig)
+    return from_flags(TrainConfig, parser.parse_args(argv))
 
 
 def implied_data(model: str, dataset: str | None) -> str:

@@ -11,7 +11,7 @@ import test_quant
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
 from scripts import compare, compare_kt
-from scripts.studies import activation_ranges, figure_pipeline, missing_patches, quantizer_sensitivity
+from scripts.studies import activation_ranges, figure_pipeline, missing_patches
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -110,7 +110,6 @@ SCRIPTS = [
     "scripts/compare_kt.py",
     "scripts/train_teacher.py",
     "scripts/studies/figure_pipeline.py",
-    "scripts/studies/linear_ceiling.py",
 ]
 
 
@@ -276,23 +275,6 @@ def test_a_line_that_a_kill_cut_off_costs_one_cell(tmp_path):
     for _ in range(2):
         compare.main(flags)
     assert len(file.read_text().splitlines()) == 3
-
-
-def test_sensitivity_leaves_quantizers_out(tmp_path):
-    flags = [
-        "--baselines",
-        "gaussian",
-        "--strategies",
-        "--bits",
-        "32/4",
-        "--val_limit",
-        "120",
-        "--output",
-        str(tmp_path),
-    ]
-    rows = {row["left_out"]: row["gaussian"] for row in quantizer_sensitivity.main(flags)}
-    assert rows["every activation"] > 90
-    assert rows["residual sums"] > rows["nothing"] + 2
 
 
 def test_ranges_of_noise_are_held_against_those_of_real_images(tmp_path):

@@ -28,7 +28,6 @@ from kt import (
 )
 from models import PatchGrid, SparseImages, SparseViT, load_model
 from scripts import compare_kt
-from scripts.studies import linear_ceiling
 from tests.conftest import ROOT, run_script, tiny_model
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
@@ -377,20 +376,6 @@ def test_a_student_is_a_sparse_vit_like_any_other():
     student = load_student(teacher_like(), FROM_SCRATCH)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(SparseViT(student.vit).forward_images(images), student.vit(images), rtol=1e-4, atol=1e-4)
-
-
-def test_the_ceiling_of_a_linear_head_is_least_squares_and_of_real_images_the_highest(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    features, weight = torch.randn(200, 12, generator=generator), torch.randn(5, 12, generator=generator)
-    head = linear_ceiling.fitted_head(features, features @ weight.t() + 3)
-    fitted = head(features) - (features @ weight.t()).sub((features @ weight.t()).mean(dim=1, keepdim=True))
-    assert fitted.abs().max() < 0.3
-    folders = ["--datapool", tmp_path / "pool", "--output", tmp_path / "out"]
-    flags = ["--images", 300, "--kept", 14, "--iterations", 2, "--inversion-batchsize", 300, *folders]
-    rows = {row["images"]: row for row in linear_ceiling.main([str(flag) for flag in flags])}
-    assert rows["teacher"]["teacher_top1"] > 95
-    assert all(row["top1"] < rows["real"]["top1"] for name, row in rows.items() if name not in ("teacher", "real"))
-    assert json.loads((tmp_path / "out" / "linear_ceiling.json").read_text()) == list(rows.values())
 
 
 def test_compare_tabulates_what_students_learn(tmp_path):

@@ -14,7 +14,7 @@ _HOMES = {
     "utils.evaluation": ("evaluate",),
     "utils.images": ("Inverted", "Noise", "Real", "Stored", "calibration_images"),
     "utils.quant_task": ("QuantTask", "quant_report"),
-    "utils.run": ("RunConfig",),
+    "utils.task": ("RunConfig",),
     "utils.transfer_task": ("TransferTask", "transfer_report"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)

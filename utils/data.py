@@ -15,22 +15,19 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import LoadedModel
+from utils.cli import natural, positive, setting
 from utils.errors import UserError
 from utils.ranks import rank, ranks
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a model is evaluated on, and how it is read.
+    """What a model is evaluated on, and how it is read."""
 
-    `dataset`: path of the data, as for `load_split`; the bundled model needs none. `val_limit`: evaluate on so many
-    images; None: all. `val_batchsize`: images per batch. `num_workers`: processes that load images.
-    """
-
-    dataset: str | Path | None = None
-    val_limit: int | None = None
-    val_batchsize: int = 200
-    num_workers: int = 4
+    dataset: str | None = setting(None, "data: image folder or CIFAR; the bundled model needs none", metavar="DIR")
+    val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
+    val_batchsize: int = setting(200, "images per evaluation batch", "--val-batchsize", type=positive)
+    num_workers: int = setting(4, "processes that load images", "--num-workers", type=natural)
 
 
 CIFAR = {"cifar10": (CIFAR10, "cifar-10-batches-py"), "cifar100": (CIFAR100, "cifar-100-python")}

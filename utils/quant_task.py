@@ -9,24 +9,25 @@ from pathlib import Path
 import torch
 
 from inversion import SynthesisReport
-from models import LoadedModel, ModelConfig, SparseImages, SparseViT, load_model
+from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
 from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
 from quant.sensitivity import save_sensitivity, sensitivity
-from utils.data import DataConfig, evaluation_set, limited, loader
-from utils.device import device_name, pick_device, seed_all, versions
+from utils.cli import by_flag
+from utils.data import evaluation_set, limited, loader
+from utils.device import pick_device, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import write_json
-from utils.images import Inverted, Source, Stored, Synthesis, images_at_hand
+from utils.images import Inverted, Synthesis, images_at_hand
 from utils.pictures import LossCurve, save_images, save_loss_curve
 from utils.ranks import rank, rank_zero_first
 from utils.report_page import write_quant_page
-from utils.run import RunConfig
+from utils.task import Task
 
 
 @dataclass(frozen=True)
-class QuantTask:
+class QuantTask(Task):
     """Everything that a run of the task is asked for.
 
     `num_images`: calibration images. `sensitivity`: measure what each layer alone costs. `save`: folder for the
@@ -35,12 +36,8 @@ class QuantTask:
     Raises `UserError` for what cannot go together.
     """
 
-    model: ModelConfig
-    data: DataConfig
-    images: Source
     num_images: int
     quantization: QuantConfig
-    run: RunConfig
     sensitivity: bool = False
     save: str | Path | None = None
     export: str | Path | None = None
@@ -56,15 +53,11 @@ class QuantTask:
         model = short_name(self.model.name)
         return f"{model}-{self.images.kind}-w{how.w_bit}a{how.a_bit}-s{self.run.seed}"
 
-    def settings(self) -> dict:
-        """What its numbers depend on besides the model's weights, as JSON holds it."""
-        images = {"kind": self.images.kind, "count": self.num_images, "seed": self.run.seed}
-        if isinstance(self.images, Inverted):
-            images["inversion"] = self.images.config.settings()
-        elif isinstance(self.images, Stored):
-            images["path"] = str(self.images.path)
-        data = {"dataset": self.data.dataset and str(self.data.dataset), "val_limit": self.data.val_limit}
-        return {"model": self.model.name, **data, "images": images, "quantization": asdict(self.quantization)}
+    def settings(self) -> dict[str, object]:
+        """What its numbers depend on besides the model's weights, by the names of the flags."""
+        how = self.quantization
+        numbers = {"num_images": self.num_images, "calib_batchsize": how.batch_size}
+        return super().settings() | by_flag(how) | numbers
 
 
 def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
@@ -76,7 +69,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     seed_all(task.run.seed)
     model = load_model(task.model.name, task.model.path)
     config = fitting(SparseViT(model.vit), task.quantization)
-    output = task.run.folder(task.name)
+    output = task.folder
     if task.save:
         require_own_folder(task.save)
     if task.export:
@@ -108,15 +101,11 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         "w_bit": config.w_bit,
         "a_bit": config.a_bit,
         "quantization": {**asdict(task.quantization), "method": config.method},
-        "seed": task.run.seed,
-        "device": device_name(device),
-        "dtype": task.images.config.dtype if isinstance(task.images, Inverted) else "float32",
+        **task.origin(device),
         **accuracy,
         "inversion": asdict(synthesis),
         "calibration_images": len(images),
         "calibration_seconds": round(seconds, 3),
-        "versions": versions(),
-        "command": task.run.command,
     }
     if task.sensitivity:
         report["sensitivity"] = sensitivity(vit, images, config, task.run.progress)
@@ -130,8 +119,8 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         save_images(output / "images.png", images, model)
         if curve is not None:
             save_loss_curve(output / "loss.png", curve)
-        write_quant_page(output, report, curve)
         write_json(output / "report.json", report)
+        write_quant_page(output, report, curve)
     return report
 
 
@@ -141,7 +130,7 @@ def _calibration(
     """The images, what synthesizing them cost, and the course of their loss where they were inverted."""
     if not isinstance(task.images, Inverted):
         return images_at_hand(model, task.images, task.num_images, task.run.seed), SynthesisReport(), None
-    where = {"log": output / "synthesis.jsonl", "tensorboard": task.run.events(output), "progress": task.run.progress}
+    where = {"log": output / "synthesis.jsonl", "tensorboard": task.events, "progress": task.run.progress}
     synthesis = Synthesis(model, task.images, device, **where)
     images = synthesis.first(task.num_images)
     return images, synthesis.cost(task.num_images), synthesis.course(task.num_images)

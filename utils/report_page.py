@@ -17,6 +17,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 from utils.files import atomic
 from utils.pictures import LossCurve
+from utils.report import accuracy, by_method
 
 COSTS = {
     "synthesis_seconds": "made in, s",
@@ -158,14 +159,12 @@ def write_page(folder: Path, task: str, title: str, about: str, sections: Sequen
 
 def comparison(model: str, rows: Sequence[Mapping], column: str) -> Table:
     """Methods down, the values of `column` across, then the cost of their images; a row without method is a teacher."""
-    cells = {(row["method"], row[column]): row for row in rows if "method" in row}
-    methods, values = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
+    values, methods = by_method(rows, column)
     lines = []
-    for method in methods:
-        found = [cells.get((method, value)) for value in values]
-        first = next(row for row in found if row)
+    for method, found in methods.items():
+        first = next(filter(None, found))
         lines.append([method, *map(accuracy, found), f"{first['images']:,}", *(number(first[key]) for key in COSTS)])
-    seeds = max(len(row["top1_per_seed"]) for row in cells.values())
+    seeds = max(len(row["top1_per_seed"]) for found in methods.values() for row in found if row)
     note = "Top-1 in per cent" + (f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
     note += "".join(f"; teacher {row['top1']:.2f}" for row in rows if "method" not in row)
     return Table(model, ["images", *map(str, values), "number", *COSTS.values()], lines, note=note)
@@ -297,13 +296,6 @@ def ticks(low: float, high: float, *locators: Locator) -> list[float]:
         if len(found) > 2:
             break
     return found
-
-
-def accuracy(row: Mapping | None) -> str:
-    """`93.10 ± 0.20`, without the spread where there is one seed; empty for None."""
-    if row is None:
-        return ""
-    return f"{row['top1']:.2f}" + ("" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}")
 
 
 def against(found: Mapping, reference: Mapping) -> list[str]:

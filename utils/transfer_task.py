@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,23 +13,24 @@ import torch
 
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
-from models import LoadedModel, ModelConfig, SparseImages, load_model
+from models import LoadedModel, SparseImages, load_model
 from models.registry import short_name
 from utils.checkpoint import Checkpoint
-from utils.data import DataConfig, evaluation_loader
-from utils.device import device_name, pick_device, seed_all, versions
+from utils.cli import by_flag
+from utils.data import evaluation_loader
+from utils.device import pick_device, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import write_json
-from utils.images import Inverted, Noise, Source, Stored, Synthesis, images_at_hand
+from utils.images import Inverted, Noise, Synthesis, images_at_hand
 from utils.pictures import save_images
 from utils.ranks import rank
 from utils.report_page import write_transfer_page
-from utils.run import RunConfig
+from utils.task import Task
 
 
 @dataclass(frozen=True)
-class TransferTask:
+class TransferTask(Task):
     """Everything that a run of the task is asked for.
 
     `images_per_epoch`: inverted images added to the pool each epoch; 0: the pool is used as it is. `max_images`: after
@@ -38,14 +39,10 @@ class TransferTask:
     Raises `UserError` for what cannot go together.
     """
 
-    model: ModelConfig
-    data: DataConfig
-    images: Source
     images_per_epoch: int
     max_images: int | None
     student: StudentConfig
     distillation: DistillConfig
-    run: RunConfig
 
     def __post_init__(self) -> None:
         if isinstance(self.images, Noise) and not self.fixed_images:
@@ -63,29 +60,18 @@ class TransferTask:
             return self.max_images or self.distillation.epochs * self.images_per_epoch
         return self.max_images
 
-    def settings(self) -> dict:
-        """What a run's numbers depend on, by the names of the flags; more epochs only add to them, but where they set
-        the length of something else."""
-        flags = {
-            **{"model": self.model.name, "model_path": self.model.path, "mode": self.images.mode},
-            **{"dataset": self.data.dataset, "val_limit": self.data.val_limit},
-            **{"images_per_epoch": self.images_per_epoch, "max_images": self.max_images},
-            **_by_flag(asdict(self.student), name="student", path="student_path", init="student_init"),
-            **_by_flag(
-                asdict(self.distillation), batch_size="kr_batchsize", steps="kd_steps", lr_schedule="kd_lr_schedule"
-            ),
-        }
+    def settings(self) -> dict[str, object]:
+        """What a run's numbers depend on besides the weights, by the names of the flags.
+
+        More epochs only add to them, but where they set the length of something else.
+        """
+        flags = super().settings() | by_flag(self.student) | by_flag(self.distillation)
+        flags |= {"images_per_epoch": self.images_per_epoch, "max_images": self.max_images}
         if isinstance(self.images, Inverted):
-            how = self.images.config.settings()
-            how |= how.pop("weights") | how.pop("options")
-            del how["student"]
-            flags |= _by_flag(how, lr="lr_g", projections="projection", batch_size="inversion_batchsize")
-            flags["datapool"] = self.images.datapool
-        if isinstance(self.images, Stored):
-            flags["images"] = self.images.path
+            flags["datapool"] = str(self.images.datapool)
         if self.distillation.lr_schedule == "constant" and not isinstance(self.images, Noise):
             del flags["epochs"]
-        return {flag: str(value) if isinstance(value, Path) else value for flag, value in flags.items()}
+        return flags
 
 
 def transfer_report(
@@ -106,7 +92,7 @@ def transfer_report(
     device = device or pick_device(task.run.device, task.run.gpu)
     seed_all(task.run.seed)
     teacher = load_model(task.model.name, task.model.path)
-    output = task.run.folder(task.name)
+    output = task.folder
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
     data = evaluation_loader(teacher, task.data)
     student = load_student(teacher, task.student)
@@ -133,9 +119,7 @@ def transfer_report(
         "student_name": student.name,
         "finetune": task.student.finetune,
         "student_init": task.student.init,
-        "seed": task.run.seed,
-        "device": device_name(device),
-        "dtype": task.images.config.dtype if isinstance(task.images, Inverted) else "float32",
+        **task.origin(device),
         "epochs": len(found.history),
         "teacher": evaluate({"teacher": teacher.sparse(device)}, data, device, progress=task.run.progress)["teacher"],
         "student": {"top1": found.last_top1, "best_top1": found.best_top1},
@@ -143,16 +127,14 @@ def transfer_report(
         "synthesis": asdict(cost),
         "distill": {"seconds": round(found.seconds, 3), "steps": len(found.history) * task.distillation.steps},
         "history": found.history,
-        "versions": versions(),
-        "command": task.run.command,
     }
     shown = images(len(found.history) - 1)
     if rank() == 0:
         facts = {"top1": found.best_top1, "test_images": report["teacher"]["images"]}
         save_student(student, teacher, output / "student", **facts)
         save_images(output / "images.png", shown, teacher)
-        write_transfer_page(output, report, None if synthesis is None else synthesis.course(found.images))
         write_json(output / "report.json", report)
+        write_transfer_page(output, report, None if synthesis is None else synthesis.course(found.images))
     return report
 
 
@@ -164,17 +146,12 @@ def _images(
         fixed = images_at_hand(teacher, task.images, task.fixed_images, task.run.seed)
         return lambda epoch: fixed, None
     source = replace(task.images, config=replace(task.images.config, student=_adversary(task)))
-    where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.run.events(output)}
+    where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events}
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
     if task.images_per_epoch:
         return lambda epoch: synthesis.first(min((epoch + 1) * task.images_per_epoch, most)), synthesis
     return lambda epoch: synthesis.first(synthesis.made(most), add=False), synthesis
-
-
-def _by_flag(values: Mapping[str, object], **renamed: str) -> dict[str, object]:
-    """The same values, some under other names."""
-    return {renamed.get(name, name): value for name, value in values.items()}
 
 
 def _adversary(task: TransferTask) -> str:

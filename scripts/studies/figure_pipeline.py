@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from utils.files import writable_folder
 from utils.pictures import save_figure
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     """The command line."""
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
@@ -36,12 +35,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=natural, default=0, help="number of the batch")
     add("--images", type=natural, nargs="+", default=[0, 1, 2], help="numbers of the images in it, a row each")
     add("--output", metavar="FILE", default="./runs/pipeline.png", help="the PNG")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Draw the figure; returns its path."""
-    args = parse_arguments(argv)
+    args = parser().parse_args(argv)
     model = load_model(args.model, args.model_path)
     pool = ImagePool.existing(Path(args.pool), model)
     snapshots = sorted(pool.snapshots(args.batch), key=lambda snapshot: snapshot.iteration)
