@@ -90,6 +90,7 @@ def row_of(cell: Cell) -> dict:
     """The outcome of a cell's run."""
     print(f"== {cell.task.model.name}, {cell.method.name}, {cell.student}, seed {cell.task.run.seed}", flush=True)
     report = transfer_report(cell.task, tell=print)
+    print(f"top-1 {report['student']['best_top1']:.2f}, teacher {report['teacher']['top1']:.2f}", flush=True)
     return {
         "task": "kt",
         "model": cell.task.model.name,

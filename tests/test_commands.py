@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,9 @@ def test_quantization_end_to_end_on_the_bundled_model(tmp_path, quick, mode):
     else:
         assert not (tmp_path / "pool").exists()
     assert Image.open(tmp_path / "out" / "images.png").size[0] > 300
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{report['quant']['top1']:.2f}" in page
+    assert ("Inversion loss" in page) == (mode == 0)
 
 
 def test_low_bits_with_everything_that_mends_them(tmp_path, quick):
@@ -72,6 +76,26 @@ def test_a_second_run_takes_the_pool_as_it_is_and_reports_what_it_cost(tmp_path,
 def test_seconds_are_unknown_where_another_run_made_the_images(tmp_path, quick):
     test_quant.main(quick)
     assert test_quant.main([*quick, "--output", str(tmp_path / "elsewhere")])["inversion"]["seconds"] is None
+
+
+def test_images_that_one_has_take_the_place_of_the_mode(tmp_path, quick):
+    inverted = test_quant.main(quick)
+    pool = Path(inverted["inversion"]["pool"])
+    stored = test_quant.main([*quick, "--images", str(pool), "--output", str(tmp_path / "stored")])
+    assert (stored["mode"], stored["calibration"]) == (None, "stored")
+    assert stored["quant"] == inverted["quant"]  # the same images, so the same ranges
+    files = test_quant.main([*quick, "--images", str(pool / "images"), "--output", str(tmp_path / "files")])
+    assert files["calibration_images"] == 4
+    assert files["quant"]["top1"] >= 80
+    (tmp_path / "empty").mkdir()
+    for flags, why in (
+        (["--images", str(pool), "--mode", "2"], "leave one of them out"),
+        (["--images", str(pool), "--num_images", "5"], "5 images were asked for.*has 4"),
+        (["--images", str(tmp_path / "empty")], "no image files"),
+        (["--images", str(tmp_path / "nowhere")], "nowhere.*no image files"),
+    ):
+        with pytest.raises(UserError, match=why):
+            test_quant.main([*quick, *flags])
 
 
 def test_dense_is_minus_one_and_zero(quick):
@@ -234,6 +258,8 @@ def test_compare_keeps_finished_cells(tmp_path, capsys):
     assert {line["prior"] for line in lines} == {"", "deepinversion", "cmi"}
     for picture in ("accuracy.png", "images.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 400
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in ("cmi-pri", "W4/A4", "compare"))
 
 
 def test_flags_of_quantization_go_through_compare(tmp_path):

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from models import DEFAULT_MODEL, load_model
+from models import DEFAULT_MODEL, LoadedModel, load_model
 from models.registry import NAMED_MODELS
 from tests.conftest import tiny_vit
 from utils.errors import UserError
@@ -25,6 +25,16 @@ def local_dir(folder, vit) -> str:
         vit, folder, model_args=args, model_config={"num_classes": 5, **vit.pretrained_cfg}, safe_serialization=True
     )
     return f"local-dir:{folder}"
+
+
+def test_a_model_that_one_has_is_known_by_timms_name_where_that_is_enough():
+    plain = LoadedModel.of(timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7), "mine")
+    assert plain.architecture[0] == "vit_tiny_patch16_224"
+    again = timm.create_model(plain.architecture[0], **plain.architecture[1])
+    again.load_state_dict(plain.vit.state_dict())
+    assert (plain.classes, plain.grid.image_size) == (7, (64, 64))
+    assert not any(parameter.requires_grad for parameter in plain.vit.parameters()) and not plain.vit.training
+    assert LoadedModel.of(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)).architecture is None
 
 
 def test_the_bundled_model_needs_nothing():

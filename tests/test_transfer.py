@@ -231,6 +231,15 @@ def test_an_existing_pool_is_used_without_adding_to_it(tmp_path):
     assert pool_files(tmp_path / "pool") == before
 
 
+def test_any_pool_of_the_teacher_can_be_learnt_from(tmp_path):
+    pool = kt(tmp_path, "--epochs", 2)["pool"]["path"]
+    report = kt(tmp_path, "--epochs", 1, "--images", pool, "--max_images", 12, output="again", pool="other")
+    assert (report["images"], report["pool"]) == ("stored", {"images": 12, "path": None})
+    assert not (tmp_path / "other").exists()
+    page = (tmp_path / "again" / "report.html").read_text()
+    assert "12 stored images" in page
+
+
 def test_an_existing_pool_is_used_while_another_run_fills_it(tmp_path):
     pool = Path(kt(tmp_path, "--epochs", 2)["pool"]["path"])
     with open(pool / "pool.json") as held:
