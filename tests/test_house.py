@@ -37,6 +37,15 @@ def test_a_package_knows_nothing_of_those_beside_and_above_it(package, others):
     assert not [(name, other) for name, used in mine.items() for other in used if other.split(".")[0] in others]
 
 
+def test_utils_has_a_floor_that_packages_stand_on_and_one_that_stands_on_them():
+    tasks = {"inversion", "quant", "kt"}
+    upper = {name for name, used in GRAPH.items() if tasks & {other.split(".")[0] for other in used}}
+    upper = {name for name in upper if name.startswith("utils.")}
+    assert {"utils.images", "utils.evaluation", "utils.flags"} <= upper
+    packages = {name: used for name, used in GRAPH.items() if name.split(".")[0] in (*tasks, "models")}
+    assert not [(name, other) for name, used in packages.items() for other in used & upper]
+
+
 def test_the_graph_has_what_it_is_read_for():
     assert {"utils.images", "inversion", "quant"} <= GRAPH["utils.quant_task"] | {"utils.images"}
     assert "models" in GRAPH["inversion.engine"]
