@@ -36,6 +36,8 @@ def print_summary(report: dict, output: Path) -> None:
     print(table(["model", "top-1 %", "top-5 %", "loss"], rows))
     if report["mode"] == 0:
         print(f"inversion: {duration(report['inversion']['seconds'])}, images in {report['inversion']['pool']}")
+    if "check" in report:
+        print_check(report["check"])
     if "export" in report:
         print_export(report["export"])
     if "sensitivity" in report:
@@ -44,6 +46,16 @@ def print_summary(report: dict, output: Path) -> None:
         print("quantized alone, the ten that cost most (all in sensitivity.json):")
         print(table(["layer", "W", "A", "divergence", "changed %"], lines))
     print(f"report and pictures: {output}")
+
+
+def print_check(found: dict) -> None:
+    """How far the quantized model is from its original, and what is to blame if that is far."""
+    print(
+        f"without labels, on {found['images']} other inverted images: agreement {found['agreement']:.2f}%, divergence "
+        f"{found['divergence']:.4f} nats, about {found['expected_drop']:.1f} points of top-1 lost"
+    )
+    if "costliest" in found:
+        print(f"warning: {', '.join(found['costliest'])} cost most; try {', '.join(found['try'])}")
 
 
 def print_export(found: dict) -> None:

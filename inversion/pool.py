@@ -29,9 +29,9 @@ from inversion.config import InversionConfig
 from inversion.engine import InvertedBatch, Snapshot
 from models import LoadedModel, SparseImages
 from models.registry import short_name
-from utils.data import load_rgb
 from utils.errors import UserError
 from utils.files import atomic, read_json, writable_folder, write_json
+from utils.image_files import read_image
 from utils.ranks import rank_zero_first
 
 FORMAT_VERSION = 1
@@ -186,7 +186,7 @@ class ImagePool:
             yield record
 
     def _image(self, file: Path) -> Image.Image:
-        image = load_rgb(str(file))
+        image = read_image(file)[0]
         if image.size != self.grid.image_size[::-1]:
             raise UserError(f"{file} is {image.size[0]}x{image.size[1]}, the pool's images are not; remove it")
         return image

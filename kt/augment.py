@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from models import PatchGrid, SparseImages
 
@@ -98,9 +98,4 @@ def drawn(images: SparseImages, count: int, generator: Generator) -> SparseImage
         index = torch.randperm(len(images), generator=generator)[:count]
     else:
         index = torch.randint(len(images), (count,), generator=generator)
-    return take(images, index)
-
-
-def take(images: SparseImages, index: Tensor | slice) -> SparseImages:
-    """The images at `index`."""
-    return SparseImages(images.patches[index], images.positions[index], images.labels[index])
+    return images.at(index)

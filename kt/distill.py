@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kt.augment import AUGMENTATIONS, augmented, drawn, take
+from kt.augment import AUGMENTATIONS, augmented, drawn
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
 from utils.cli import positive, rate, setting
@@ -115,7 +115,7 @@ class Distiller:
         # Every rank draws the whole batch, from the same random numbers, and takes its part.
         batch = drawn(images, self.config.batch_size, self.generator)
         batch = augmented(batch, self.student.grid, self.config.augment, self.generator)
-        batch = take(batch, slice(rank(), None, ranks()))
+        batch = batch.at(slice(rank(), None, ranks()))
         patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
         with torch.no_grad():
             target = self.teacher(patches, positions).logits

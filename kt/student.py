@@ -9,7 +9,7 @@ from pathlib import Path
 from timm.models import save_for_hf
 from torch import nn
 
-from models import DEFAULT_MODEL, LoadedModel, load_model
+from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.registry import NAMED_MODELS, WEIGHTS_DIR
 from utils.cli import setting
 from utils.errors import UserError
@@ -26,6 +26,9 @@ class StudentConfig:
     path: str | None = setting(None, "its backbone weights, file or folder", "--student_path", metavar="PATH")
     init: str = setting("pretrained", "where its weights start", "--student_init", choices=("pretrained", "scratch"))
     finetune: str = setting("linear", "what learns: the new head, or everything", choices=("linear", "full"))
+    key: str | None = setting(
+        None, "which of several models in the file of --student_path", "--student_weights_key", metavar="KEY"
+    )
 
     def __post_init__(self) -> None:
         if self.init not in ("pretrained", "scratch") or self.finetune not in ("linear", "full"):
@@ -49,8 +52,13 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
     scratch, path = config.init == "scratch", config.path
     if not scratch and path is None:
         path = _backbone(teacher, config.name)
+    sides = teacher.grid.image_size
+    size = sides[0] if config.name is None and sides[0] == sides[1] else None
     student = load_model(
-        config.name or teacher.name, path, random_weights=scratch, classes=teacher.classes, path_flag="--student_path"
+        ModelConfig(config.name or teacher.name, path, config.key, size),
+        random_weights=scratch,
+        classes=teacher.classes,
+        path_flag="--student_path",
     )
     ours, theirs = (model.vit.patch_embed for model in (student, teacher))
     if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
@@ -69,11 +77,14 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
 def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path, **facts: object) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
 
-    The student reads images normalized as the teacher's are.
+    The student reads images normalized as the teacher's are. The classes are called `label_names` if they are given,
+    else as the teacher's configuration calls them.
     """
     folder, ways = Path(folder).expanduser(), teacher.preprocessing
     config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
     config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
+    known = getattr(teacher.vit, "pretrained_cfg", None) or {}
+    config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:

@@ -83,10 +83,13 @@ class SparseImages:
         pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions", "labels"))
         return SparseImages(*(torch.cat(pair) for pair in pairs))
 
+    def at(self, index: Tensor | slice) -> SparseImages:
+        """The images at `index`."""
+        return SparseImages(self.patches[index], self.positions[index], self.labels[index])
+
     def last(self, count: int) -> SparseImages:
         """The last `count` images, all of them if there are no more."""
-        start = max(len(self) - count, 0)
-        return SparseImages(self.patches[start:], self.positions[start:], self.labels[start:])
+        return self.at(slice(max(len(self) - count, 0), None))
 
     def filled(self, grid: PatchGrid) -> SparseImages:
         """Full grids: every place that has no patch gets a copy of the nearest kept one of the same image."""

@@ -5,19 +5,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models import load_pretrained
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
+from models.formats import weights_file
 from models.patches import PatchGrid
 from models.sparse_vit import SparseViT, require_supported
-from utils.cli import setting
+from models.weights import Weights, load_into, read_vit, require_complete
+from utils.cli import positive, setting
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -71,12 +76,25 @@ def short_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model: what `load_model` takes as `name` and `model_path`."""
+    """Which model: what `load_model` takes in place of a name."""
 
     name: str = setting(
         DEFAULT_MODEL, "named DeiT, timm ViT, hf-hub:ORG/NAME, local-dir:DIR", "--model", metavar="NAME"
     )
     path: str | None = setting(None, "local weights, a file or a folder with NAME.pth", "--model_path", metavar="PATH")
+    key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
+    img_size: int | None = setting(
+        None, "height and width of its images in px; default the model's own", "--img_size", type=positive, metavar="PX"
+    )
+    key: str | None = setting(
+        None,
+        "which of several state_dicts in the weights file, as its error lists them",
+        "--weights_key",
+        metavar="KEY",
+    )
+    img_size: int | None = setting(
+        None, "side of its images in pixels, if not its own; positions are resampled", type=positive, metavar="PIXELS"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ class LoadedModel:
     dataset: str | None
     """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
     architecture: tuple[str, dict] | None = None
-    """timm's name of the architecture, and the arguments that make it without weights; None: it cannot be saved."""
+    """timm's name of the architecture, and the arguments with which `bare_model` makes it; None: it cannot be saved."""
 
     @classmethod
     def of(
@@ -183,7 +201,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str,
+    name: str | ModelConfig,
     model_path: str | Path | None = None,
     random_weights: bool = False,
     classes: int | None = None,
@@ -192,45 +210,116 @@ def load_model(
     """Load a model by name.
 
     Args:
-        name: a name of `NAMED_MODELS`, any timm VisionTransformer, `hf-hub:org/name` or `local-dir:PATH`.
-        model_path: local weights: a `.pth` or `.safetensors` file holding a plain state_dict, or a folder with
-            `<name>.pth`, `<name>.safetensors` or `model.safetensors` in it. None takes the hub's.
+        name: a name of `NAMED_MODELS`, any timm VisionTransformer, `hf-hub:org/name` or `local-dir:PATH`; or a
+            `ModelConfig`, which says the path as well.
+        model_path: local weights, where `name` is a name: a file, or a folder with `<name>.pth`, `<name>.safetensors`
+            or one other weights file in it. None takes those of the `local-dir:`, or the hub's.
         random_weights: leave the weights at their initialization (benchmarks, training from scratch).
         classes: load it to be trained for so many classes: weights with another number of them, or without a head, get
             a new head, and a named CIFAR model starts from timm's ImageNet weights.
         path_flag: what errors call `model_path`.
 
     Raises:
-        UserError: unknown name, an architecture that `SparseViT` cannot honour, or weights that are missing, damaged,
-            unsafe or do not fit.
+        UserError: unknown name, an architecture that `SparseViT` cannot honour, a size that it cannot have, or weights
+            that are missing, damaged, unsafe, not certain or do not fit.
     """
-    named = NAMED_MODELS.get(name)
+    config = name if isinstance(name, ModelConfig) else ModelConfig(name, model_path)
+    name, named, size, to_train = config.name, NAMED_MODELS.get(config.name), config.img_size, classes is not None
     if named is None and not name.startswith(("hf-hub:", "local-dir:")):
         _require_timm_name(name)
-        with torch.device("meta"):  # refuse before anything is downloaded
-            require_supported(timm.create_model(name, num_classes=1), name)
-    weights = None if random_weights else _weights_file(name, named, model_path, classes is not None, path_flag)
-    state = None if weights is None else read_weights(weights)
-    vit = _create(name, named, state, weights is None and not random_weights, classes, path_flag)
+    outline, flags = _outline(name, named, path_flag), path_flag.removesuffix("path").removesuffix("model_")
+    side = outline.patch_embed.patch_size
+    if size is not None and (size % side[0] or size % side[1]):
+        raise UserError(f"{flags}img_size {size} is no multiple of {side[0]}, the patch size of {name}")
+    file = None if random_weights else _weights_path(name, named, config.path, to_train, path_flag)
+    if config.key is not None and file is None:
+        raise UserError(f"{flags}weights_key {config.key} chooses in a file; give one with {path_flag}")
+    weights = None if file is None else read_vit(file, config.key, flags, to_train)
+    fetched = weights is None and not random_weights
+    args = {} if weights is None else weights.arguments(outline)
+    args |= {} if size is None or fetched else {"img_size": size}
+    own = config.path is None  # the name's own weights: they and its configuration have to agree
+    count = named.classes if named else None if weights is None or own else weights.classes
+    vit = _create(name, named, {**args, "num_classes": classes if to_train else count}, path_flag)
     if named is not None and named.pretrained_cfg:
         vit.pretrained_cfg = {**vit.pretrained_cfg, **named.pretrained_cfg, "num_classes": named.classes}
     require_supported(vit, name)
-    if state is not None:
-        _load_weights(vit, name, weights, state if classes is None else _with_fitting_head(state, vit))
-    return LoadedModel.of(vit, name, named.dataset if named else None, _architecture(name, named, vit))
+    said = vit.pretrained_cfg["num_classes"]
+    if own and not to_train and said != vit.num_classes:
+        raise UserError(f"{name}: its configuration says {said} classes in one place and {vit.num_classes} in another")
+    if fetched:
+        _fetch(vit, name, to_train, path_flag)
+        if size is not None:
+            vit.set_input_size(img_size=(size, size))
+    elif weights is not None:
+        load_into(vit, name, weights, to_train, None if size is not None else flags)
+        theirs = (None, getattr(vit.norm, "eps", None), getattr(vit.fc_norm, "eps", None))
+        if not to_train and weights.norm_eps not in theirs:
+            args["norm_eps"] = weights.norm_eps
+            _set_norm_eps(vit, weights.norm_eps)
+        _configure(vit, weights, labelled=not to_train)
+    return LoadedModel.of(vit, name, named.dataset if named else None, _architecture(name, named, vit, args))
 
 
-def _architecture(name: str, named: NamedModel | None, vit: VisionTransformer) -> tuple[str, dict]:
-    """What `timm.create_model` takes for a model like `vit`."""
-    timm_name, args = name.split(".")[0], {}
+def bare_model(timm_name: str, args: dict[str, Any]) -> VisionTransformer:
+    """A model with random weights from what `LoadedModel.architecture` says."""
+    vit = timm.create_model(timm_name, pretrained=False, **{key: args[key] for key in args if key != "norm_eps"})
+    if "norm_eps" in args:
+        _set_norm_eps(vit, args["norm_eps"])
+    return vit
+
+
+def _set_norm_eps(vit: VisionTransformer, eps: float) -> None:
+    """Replace what layer norms add to the variance, which timm has no argument for."""
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def _outline(name: str, named: NamedModel | None, path_flag: str) -> VisionTransformer:
+    """The model as its name alone makes it, for two classes, without memory for weights; nothing is downloaded."""
+    with torch.device("meta"):
+        vit = _create(name, named, {"num_classes": 2}, path_flag)
+    require_supported(vit, name)
+    return vit
+
+
+def _configure(vit: VisionTransformer, weights: Weights, labelled: bool) -> None:
+    """Take over what the configuration beside weights says; names of classes only for the classes of the weights."""
+    config = {**vit.pretrained_cfg, **weights.config}
+    if not labelled or (config["num_classes"] != vit.num_classes and "label_names" not in weights.config):
+        config = {key: value for key, value in config.items() if not key.startswith("label_")}
+    vit.pretrained_cfg = {**config, "num_classes": vit.num_classes}
+
+
+def _fetch(vit: VisionTransformer, name: str, to_train: bool, path_flag: str) -> None:
+    """Give `vit` timm's own weights. Raises `UserError` where they cannot be had, or timm leaves some of them out."""
+    missing, extra = [], []
+
+    def note(_: nn.Module, keys: Any) -> None:
+        missing.extend(keys.missing_keys)
+        extra.extend(keys.unexpected_keys)
+
+    hook = vit.register_load_state_dict_post_hook(note)
+    filter_fn = partial(checkpoint_filter_fn, adapt_layer_scale=True)
+    with _explained(name, path_flag), hook:
+        load_pretrained(vit, num_classes=vit.num_classes, filter_fn=filter_fn, strict=False)
+    require_complete(name, [key for key in missing if not (to_train and key.startswith("head"))], extra)
+
+
+def _architecture(
+    name: str, named: NamedModel | None, vit: VisionTransformer, args: dict[str, Any]
+) -> tuple[str, dict]:
+    """What `bare_model` takes for a model like `vit`, which was made with `args` besides its name."""
+    timm_name, own = name.split(".")[0], {}
     if named is not None:
-        timm_name, args = named.timm_name, named.model_args or {}
+        timm_name, own = named.timm_name, named.model_args or {}
     elif name.startswith("local-dir:"):
         config = read_json(Path(name.removeprefix("local-dir:")) / "config.json")
-        timm_name, args = config["architecture"], config.get("model_args", {})
+        timm_name, own = config["architecture"], config.get("model_args", {})
     elif name.startswith("hf-hub:"):
-        _, timm_name, args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
-    return timm_name, {**(args or {}), **_sizes(vit)}
+        _, timm_name, own = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+    return timm_name, {**(own or {}), **args, **_sizes(vit)}
 
 
 def _known_architecture(vit: VisionTransformer) -> tuple[str, dict] | None:
@@ -261,11 +350,11 @@ def _require_timm_name(name: str) -> None:
     raise UserError(f"unknown model '{name}'; did you mean {', '.join(near)}?")
 
 
-def _weights_file(
+def _weights_path(
     name: str, named: NamedModel | None, model_path: str | Path | None, to_train: bool, path_flag: str
 ) -> Path | None:
-    """The local file to load, or None where timm is to fetch the weights."""
-    if model_path is None:
+    """Where the weights are, or None where timm is to fetch them."""
+    if model_path is None and not name.startswith("local-dir:"):
         if named is None or named.dataset == "imagenet":
             return None
         if named.weights is not None:
@@ -276,78 +365,36 @@ def _weights_file(
             f"the weights of {name} are on no hub; give them with {path_flag} (a folder with {name}.pth), "
             "or make them with scripts/train_teacher.py"
         )
-    path = Path(model_path).expanduser()
+    path = Path(name.removeprefix("local-dir:") if model_path is None else model_path).expanduser()
     if path.is_dir():
-        stem = name.replace("local-dir:", "").replace("hf-hub:", "").rstrip("/").split("/")[-1]
-        tried = [path / f"{stem}.pth", path / f"{stem}.safetensors", path / "model.safetensors"]
-        found = [file for file in tried if file.is_file()]
-        if not found:
-            raise UserError(f"no weights in {path_flag} {path}: looked for {', '.join(f.name for f in tried)}")
-        return found[0]
+        stem = short_name(name.removeprefix("local-dir:"))
+        return weights_file(path, [f"{stem}.pth", f"{stem}.safetensors"], path_flag)
     if not path.is_file():
         raise UserError(f"{path_flag} {path} does not exist")
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a file, safetensors or torch's own. Raises `UserError` where there is none."""
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds no plain state_dict")
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            reason = "it holds Python objects besides tensors, which could run code; save a plain state_dict instead"
-        elif isinstance(error, (AttributeError, TypeError)):
-            reason = "it holds no plain state_dict"
-        raise UserError(f"cannot read weights from {path}: {reason}") from None
-    return state
-
-
-def _create(
-    name: str,
-    named: NamedModel | None,
-    state: dict[str, Tensor] | None,
-    pretrained: bool,
-    classes: int | None,
-    path_flag: str,
-) -> VisionTransformer:
-    args = {}
-    if named is not None:
-        args = {"num_classes": named.classes, **(named.model_args or {})}
-    elif state is not None and "head.weight" in state:
-        args = {"num_classes": state["head.weight"].shape[0]}
-    if classes is not None:
-        args["num_classes"] = classes
+def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag: str) -> VisionTransformer:
+    """The model with random weights; `args` win over what its name says."""
     if name.startswith("local-dir:") and not (Path(name.removeprefix("local-dir:")) / "config.json").is_file():
         raise UserError(f"{name}: there is no config.json in that folder")
+    with _explained(name, path_flag):
+        args = {**(named.model_args or {}), **args} if named else args
+        return timm.create_model(named.timm_name if named else name, pretrained=False, **args)
+
+
+@contextmanager
+def _explained(name: str, path_flag: str) -> Iterator[None]:
+    """Errors of timm, the hub's client and safetensors, each of their own kinds, as one line."""
     try:
-        return timm.create_model(named.timm_name if named else name, pretrained=pretrained, **args)
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:  # timm, the hub client and safetensors each raise their own kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-        where = "" if name.startswith("local-dir:") or not pretrained else f"; without network, give {path_flag}"
+        yield
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == ("architecture",):
+            raise UserError(
+                f"{name}: its config.json is not of timm; where it is of transformers, give timm's name of the model "
+                f"(--model vit_base_patch16_224 or its like) and {path_flag} {name.partition(':')[2]}, a folder"
+            ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        local = name.startswith("local-dir:") or "state_dict" in reason
+        where = "" if local else f"; without network, give {path_flag}"
         raise UserError(f"cannot load {name} ({reason}){where}") from None
-
-
-def _with_fitting_head(state: dict[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
-    """`state`, with the fresh classifier of `vit` where it has none or one for another number of classes."""
-    fresh = {key: value for key, value in vit.state_dict().items() if key.startswith("head")}
-    fits = all(key in state and state[key].shape == value.shape for key, value in fresh.items())
-    return state if fits else {**state, **fresh}
-
-
-def _load_weights(vit: VisionTransformer, name: str, path: Path, state: dict[str, Tensor]) -> None:
-    head = state.get("head.weight")
-    if head is not None and head.shape[0] != vit.num_classes:
-        raise UserError(f"{path} has {head.shape[0]} classes, {name} has {vit.num_classes}")
-    own = vit.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    differ = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or extra or differ:
-        found = [f"missing {key}" for key in missing[:1]] + [f"unexpected {key}" for key in extra[:1]]
-        found += [f"{key}: {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in sorted(differ)[:1]]
-        raise UserError(f"the weights in {path} do not fit {name}: {'; '.join(found)}")
-    vit.load_state_dict(state)

@@ -34,6 +34,8 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
         refuse("it has no pooling (global_pool=''), so it gives no logits per image")
     if vit.num_classes <= 0:
         refuse("it has no classifier head (num_classes=0); give weights with a head by --model_path")
+    if vit.num_classes == 1:
+        refuse("it has one class (num_classes=1), and so nothing to tell apart; give it two, such as yes and no")
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
     if any(s % p for s, p in zip(size, patch, strict=True)):
         refuse(f"its image size {tuple(size)} is not a multiple of its patch size {tuple(patch)}")

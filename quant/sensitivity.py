@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
 from models import SparseImages, SparseViT
 from quant.calibration import calibrated
 from quant.config import QuantConfig
+from quant.fidelity import divergence, log_probabilities
 from quant.insert import places
 from quant.observers import OBSERVERS
 from utils.pictures import save_figure
@@ -31,14 +31,13 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig, progr
     reference, quantized = calibrated(vit, images, config)
     names = list(places(vit, OBSERVERS[config.method]))
     widths = config.widths(names, len(vit.blocks))
-    expected = _log_probabilities(reference, images, config.batch_size)
+    expected = log_probabilities(reference, images, config.batch_size)
     rows = []
     for name in tqdm(names, desc="sensitivity", unit="layer", disable=not progress or rank() > 0):
         original = reference.get_submodule(name)
         reference.set_submodule(name, quantized.get_submodule(name))
-        found = _log_probabilities(reference, images, config.batch_size)
+        found = log_probabilities(reference, images, config.batch_size)
         reference.set_submodule(name, original)
-        divergence = (expected.exp() * (expected - found)).sum(dim=1).mean().item()
         changed = (found.argmax(dim=1) != expected.argmax(dim=1)).float().mean().item()
         w_bit, a_bit = widths[name]
         rows.append(
@@ -46,7 +45,7 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig, progr
                 "layer": name,
                 "w_bit": None if "tap_" in name else w_bit,
                 "a_bit": a_bit,
-                "divergence": divergence,
+                "divergence": divergence(expected, found),
                 "changed": round(100 * changed, 2),
             }
         )
@@ -63,11 +62,3 @@ def save_sensitivity(path: Path, rows: list[dict]) -> None:
     axes.tick_params(axis="y", labelsize=7)
     axes.set(xlabel="divergence of the prediction with this layer alone quantized, nats")
     save_figure(path, figure)
-
-
-def _log_probabilities(vit: SparseViT, images: SparseImages, batch_size: int) -> Tensor:
-    """(N, classes), in float64."""
-    logits = [
-        vit(batch.patches.to(vit.device), batch.positions.to(vit.device)).logits for batch in images.batches(batch_size)
-    ]
-    return torch.cat(logits).double().log_softmax(dim=1)

@@ -36,11 +36,13 @@ from tqdm import tqdm
 from models import load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
 from utils.checkpoint import Checkpoint
+from utils.classes import Labels
 from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
-from utils.data import limited, load_split, loader
+from utils.data import DataConfig, Reading, limited, load_split, loader, tell_transparent
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
 from utils.files import writable_folder, write_json
+from utils.image_files import listing, subfolders
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 EVAL_BATCH_SIZE = 200
@@ -66,7 +68,7 @@ def deviation(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Reading):
     """A training. Raises `UserError` where settings contradict each other; what None means is filled in."""
 
     output: str = setting("", "folder for checkpoint, trained model and training.json", metavar="DIR", required=True)
@@ -93,6 +95,7 @@ class TrainConfig:
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init == "scratch" and self.model_path is not None:
             raise UserError("--init scratch starts from random weights; leave out --model_path")
         data = self.data or implied_data(self.model, self.dataset)
@@ -137,7 +140,7 @@ def count_classes(data: str, dataset: str | None) -> int:
     if data in CLASSES:
         return CLASSES[data]
     train = Path(dataset).expanduser() / "train"
-    count = sum(entry.is_dir() for entry in train.iterdir()) if train.is_dir() else 0
+    count = len(subfolders(train)) if train.is_dir() else 0
     if count < 2:
         raise UserError(
             f"--dataset {dataset} needs a train/ folder with a folder of images for each of 2 or more classes"
@@ -163,13 +166,18 @@ def train_transform(preprocessing: Preprocessing, data: str, crop_padding: int |
 def load_data(
     config: TrainConfig, preprocessing: Preprocessing, classes: int
 ) -> tuple[DataLoader, DataLoader, list[str]]:
-    """Loaders of the shuffled, augmented training images and of the test images, and the names of the classes."""
+    """Loaders of the shuffled, augmented training images and of the test images, and the names of the classes.
+
+    The order of the training folders becomes the model's: as text, as torchvision has it, unless the flag says else.
+    """
     kind = None if config.data == "folder" else config.data
     augment = train_transform(preprocessing, config.data, config.crop_padding, config.flip)
-    train = load_split("train", kind, config.dataset, augment, classes)
-    test = load_split("test", kind, config.dataset, preprocessing.eval_transform(), classes)
-    if list(train.classes) != list(test.classes):
-        raise UserError(f"--dataset {config.dataset}: the folders of its training and test classes differ in name")
+    data = DataConfig(config.dataset, class_order=config.class_order or "text", background=config.background)
+    train = load_split("train", kind, data, augment, Labels(classes))
+    test = load_split("test", kind, data, preprocessing.eval_transform(), Labels(classes))
+    missing = [train.classes[number] for number in sorted(set(train.targets) - set(test.targets))]
+    if missing:
+        raise UserError(f"--dataset {config.dataset} has no test images of {listing(missing)}, which train/ has")
     plain = loader(train, config.batch_size, config.num_workers)
     shuffled = DataLoader(
         train, config.batch_size, shuffle=True, num_workers=plain.num_workers, pin_memory=plain.pin_memory
@@ -233,6 +241,7 @@ class Trainer:
             if not math.isfinite(total):
                 raise UserError(f"the loss became {loss.item()} in epoch {epoch + 1}; lower --lr, in a new --output")
             bar.set_postfix(loss=f"{total / seen:.3f}", refresh=False)
+        tell_transparent(self.train.dataset)
         return total / seen
 
     def _impaired(self, images: Tensor) -> Tensor:
@@ -253,6 +262,7 @@ class Trainer:
         """Top-1 accuracy in percent."""
         self.vit.eval()
         correct = sum((self._logits(images).argmax(1).cpu() == labels).sum().item() for images, labels in test)
+        tell_transparent(test.dataset)
         return round(100 * correct / len(test.dataset), 2)
 
     def _logits(self, images: Tensor) -> Tensor:

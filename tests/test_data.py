@@ -6,8 +6,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from utils.data import Digits, limited, load_split, loader, random_subset
+from utils.classes import Labels, names_of
+from utils.data import DataConfig, Digits, limited, load_split, loader, random_subset
 from utils.errors import UserError
+
+
+def split_of(root, split="test", kind=None, classes=3):
+    """What `load_split` gives for a model with so many classes, the names of which are not known."""
+    return load_split(split, kind, DataConfig(root), pil_to_tensor, Labels(classes))
 
 
 def image_folder(root, splits=("train", "val"), classes=("cat", "dog", "emu"), per_class=2):
@@ -22,7 +28,7 @@ def image_folder(root, splits=("train", "val"), classes=("cat", "dog", "emu"), p
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train", "test"), ("val",), ("",)])
 def test_image_folders_number_classes_in_sorted_order(tmp_path, splits):
-    dataset = load_split("test", None, image_folder(tmp_path, splits), pil_to_tensor, classes=3)
+    dataset = split_of(image_folder(tmp_path, splits))
     assert [label for _, label in dataset] == [0, 0, 1, 1, 2, 2]
     assert [int(image[0, 0, 0]) for image, _ in dataset] == [0, 0, 10, 10, 20, 20]
 
@@ -30,13 +36,13 @@ def test_image_folders_number_classes_in_sorted_order(tmp_path, splits):
 def test_train_split_is_found_beside_the_test_split(tmp_path):
     image_folder(tmp_path, ("train",), per_class=5)
     image_folder(tmp_path, ("val",), per_class=1)
-    assert len(load_split("train", None, tmp_path, pil_to_tensor, 3)) == 15
-    assert len(load_split("test", None, tmp_path, pil_to_tensor, 3)) == 3
+    assert len(split_of(tmp_path, "train")) == 15
+    assert len(split_of(tmp_path)) == 3
 
 
 def test_imagenet_layout_is_an_image_folder(tmp_path):
     image_folder(tmp_path, ("val",), ("n01440764", "n01443537"))
-    assert load_split("test", "imagenet", tmp_path, pil_to_tensor, 2).classes == ["n01440764", "n01443537"]
+    assert split_of(tmp_path, kind="imagenet", classes=2).classes == ["n01440764", "n01443537"]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +56,12 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, kind, folder, 
 
     def fake(root, train, transform, download):
         calls.append((root, train, download))
-        return type("Cifar", (list,), {"classes": range(classes)})()
+        return type("Cifar", (list,), {"classes": names_of(kind)[::-1], "targets": [0, classes - 1]})()
 
     monkeypatch.setitem(utils.data.CIFAR, kind, (fake, folder))
-    load_split("test", kind, tmp_path, pil_to_tensor, classes)
-    load_split("train", kind, tmp_path, pil_to_tensor, classes)
+    found = load_split("test", kind, DataConfig(tmp_path), pil_to_tensor, Labels(classes, names_of(kind)))
+    assert (found.classes, found.targets) == (names_of(kind), [classes - 1, 0])
+    split_of(tmp_path, "train", kind, classes)
     assert calls == [(str(tmp_path), False, True), (str(tmp_path), True, True)]
 
 
@@ -86,22 +93,22 @@ def test_wrong_folders_say_what_is_wrong(tmp_path, split, layout, classes, why):
         root.mkdir()
         image_folder(root, layout)
     with pytest.raises(UserError, match=why):
-        load_split(split, None, root, pil_to_tensor, classes)
+        split_of(root, split, classes=classes)
 
 
 def test_no_path_and_empty_class_folders_are_errors(tmp_path):
     with pytest.raises(UserError, match="--dataset"):
-        load_split("test", "cifar10", None, pil_to_tensor, 10)
+        split_of(None, "test", "cifar10", 10)
     (tmp_path / "val" / "cat").mkdir(parents=True)
     with pytest.raises(UserError, match="images"):
-        load_split("test", None, tmp_path, pil_to_tensor, 1)
+        split_of(tmp_path, classes=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(tmp_path, workers):
     image_folder(tmp_path)
     (tmp_path / "val" / "dog" / "1.JPEG").write_bytes(b"\xff\xd8 cut off")
-    dataset = load_split("test", None, tmp_path, pil_to_tensor, 3)
+    dataset = split_of(tmp_path)
     with pytest.raises(UserError, match=r"dog/1\.JPEG"):
         list(loader(dataset, 2, workers))
 

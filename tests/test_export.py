@@ -72,7 +72,20 @@ def test_saving_leaves_another_models_folder_alone(tmp_path):
     teacher = tmp_path / "model.safetensors"
     teacher.write_bytes(b"weights of a teacher")
     with pytest.raises(UserError, match="another model's"):
-        test_quant.main(["--mode", "1", "--val_limit", "8", "--save", str(tmp_path), "--output", str(tmp_path / "out")])
+        test_quant.main(
+            [
+                "--mode",
+                "1",
+                "--check_images",
+                "0",
+                "--val_limit",
+                "8",
+                "--save",
+                str(tmp_path),
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
     with pytest.raises(UserError, match="another model's"):
         save_quantized(tmp_path, SparseViT(model.vit), model, QuantConfig(), CLASSES)
     assert teacher.read_bytes() == b"weights of a teacher"
@@ -124,7 +137,7 @@ def onnx_packages():
 def test_the_bundled_model_is_exported_checked_and_run(tmp_path):
     file = tmp_path / "digits.onnx"
     flags = ["--mode", "2", "--output", str(tmp_path / "out"), "--export", str(file), "--save", str(tmp_path / "saved")]
-    report = test_quant.main([*flags, "--observer", "auto"])
+    report = test_quant.main([*flags, "--observer", "auto", "--check_images", "0"])
     found = json.loads((tmp_path / "out" / "report.json").read_text())["export"]
     assert found["agreement"] >= 99.5
     assert abs(found["top1_difference"]) <= 0.3  # one of 360 images

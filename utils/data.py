@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +12,46 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from models import LoadedModel
+from utils.classes import ORDERS, Labels, class_numbers, labels_of, names_of
 from utils.cli import natural, positive, setting
-from utils.errors import UserError
-from utils.ranks import rank, ranks
+from utils.errors import UserError, UserNote
+from utils.image_files import (
+    ENDINGS,
+    WHITE,
+    Colour,
+    checked_colour,
+    colour,
+    image_paths,
+    listing,
+    read_image,
+    subfolders,
+)
+from utils.ranks import highest, rank, ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How image folders are read. Raises `UserError` for an order or a colour that is none."""
+
+    class_order: str | None = setting(
+        None, "the folders, sorted so, are the model's classes; default: found out", choices=ORDERS
+    )
+    background: Colour | None = setting(
+        None, "what is behind transparency, 0 to 255 each; default white", type=colour, metavar="R,G,B"
+    )
+
+    def __post_init__(self) -> None:
+        if self.class_order not in (None, *ORDERS):
+            raise UserError(f"class_order {self.class_order} is none of {', '.join(ORDERS)}")
+        if self.background is not None:
+            checked_colour(self.background)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Reading):
     """What a model is evaluated on, and how it is read."""
 
     dataset: str | None = setting(None, "data: image folder or CIFAR; the bundled model needs none", metavar="DIR")
@@ -40,7 +70,7 @@ class Digits(Dataset):
     The split is fixed: 80% for training, 20% for testing, stratified by class.
     """
 
-    classes = tuple(str(digit) for digit in range(10))
+    classes = tuple(names_of("digits"))
 
     def __init__(self, split: str, transform: Callable) -> None:
         from sklearn.datasets import load_digits
@@ -62,77 +92,91 @@ class Digits(Dataset):
 
 
 class ImageFiles(Dataset):
-    """All image files in a folder, at any depth and in the order of their paths, with the label 0.
+    """Image files with labels.
 
-    Raises `UserError` where there are none.
+    Args:
+        files: (path, label) of each.
+        classes: names of all classes of the model, in its order.
+        transform: PIL image -> tensor.
+        background: what is behind transparency; None: white.
     """
 
-    def __init__(self, folder: str | Path, transform: Callable) -> None:
-        root = Path(folder).expanduser()
-        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        if not self.files:
-            raise UserError(f"{root} is no image pool (it has no pool.json), and holds no image files")
-        self.transform = transform
+    def __init__(
+        self, files: Sequence[tuple[str, int]], classes: Sequence[str], transform: Callable, background: Colour | None
+    ) -> None:
+        self.files, self.targets = [path for path, _ in files], [label for _, label in files]
+        self.classes, self.transform, self.background = list(classes), transform, background or WHITE
+        self.transparent = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        """1 for each image that was read, by any process, and had transparency."""
+        self.told = False
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(load_rgb(str(self.files[index]))), 0
+        image, transparent = read_image(self.files[index], self.background)
+        if transparent:
+            self.transparent[index] = 1
+        return self.transform(image), self.targets[index]
 
 
-def load_rgb(path: str) -> Image.Image:
-    """An image file as RGB. Raises `UserError`, naming the file, where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise UserError(f"cannot read the image {path} ({type(error).__name__}); repair or remove it") from None
+def unlabelled_files(folder: str | Path, transform: Callable, background: Colour | None = None) -> ImageFiles:
+    """All image files in a folder, at any depth and in the order of their paths, with the label 0.
+
+    Raises `UserError` where there are none.
+    """
+    root = Path(folder).expanduser()
+    files = image_paths(root) if root.is_dir() else []
+    if not files:
+        raise UserError(f"{root} is no image pool (it has no pool.json), and holds no image files")
+    return ImageFiles([(path, 0) for path in files], [], transform, background)
 
 
-def load_split(split: str, kind: str | None, path: str | Path | None, transform: Callable, classes: int) -> Dataset:
-    """The `train` or `test` split of a data set of PIL images, transformed, with integer labels.
+def load_split(split: str, kind: str | None, data: DataConfig, transform: Callable, labels: Labels) -> Dataset:
+    """The `train` or `test` split of a data set of PIL images, transformed, with the model's classes as labels.
+
+    Its `classes` are the names of all classes of the model in its order, of which a folder may have some.
 
     Args:
         split: `train` or `test`.
         kind: what the model was trained on: `digits`, `cifar10`, `cifar100`, `imagenet` or None.
-        path: where the data is: an image folder with `train/` and `val/` or `test/`, an evaluation set of class
-            folders, or the root that torchvision's CIFAR classes take. The digits need none.
+        data: where it is (an image folder with `train/` and `val/` or `test/`, an evaluation set of class folders, or
+            the root that torchvision's CIFAR classes take; the digits need none), and how it is read.
         transform: PIL image -> tensor.
-        classes: how many classes the model has.
+        labels: the classes of the model.
 
     Raises:
-        UserError: nothing there, no such split, or another number of classes.
+        UserError: nothing there, no such split, a class without images, or classes that are not the model's.
     """
-    if kind == "digits" and path is None:
-        return Digits(split, transform)
-    if path is None:
+    if kind == "digits" and data.dataset is None:
+        return _in_order_of(Digits(split, transform), labels, data, "the bundled digits")
+    if data.dataset is None:
         raise UserError("this model needs --dataset DIR, the path to its data")
-    root = Path(path).expanduser()
+    root = Path(data.dataset).expanduser()
     if not root.is_dir():
         hint = f"; make the folder to have {kind} downloaded into it" if kind in CIFAR else ""
         raise UserError(f"--dataset {root} is not a folder{hint}")
     folders = [root / name for name in SPLITS[split] if (root / name).is_dir()]
     has_splits = any((root / name).is_dir() for names in SPLITS.values() for name in names)
     if folders:
-        dataset = _image_folder(folders[0], transform)
-    elif kind in CIFAR and not has_splits and _is_cifar_root(root, kind):
-        dataset = _cifar(root, kind, split, transform)
-    elif has_splits:
+        return _class_folders(folders[0], root / "train", data, transform, labels)
+    if kind in CIFAR and not has_splits and _is_cifar_root(root, kind):
+        return _in_order_of(_cifar(root, kind, split, transform), labels, data, f"--dataset {root}")
+    if has_splits:
         raise UserError(f"--dataset {root} has no {' or '.join(f'{n}/' for n in SPLITS[split])} folder")
-    elif split == "test":
-        dataset = _image_folder(root, transform)
-    else:
-        raise UserError(f"--dataset {root} has no train/ folder, which real calibration images are taken from")
-    if len(dataset.classes) != classes:
-        raise UserError(f"--dataset {root} has {len(dataset.classes)} classes, the model has {classes}")
-    return dataset
+    if split == "test":
+        return _class_folders(root, None, data, transform, labels)
+    raise UserError(f"--dataset {root} has no train/ folder, which real calibration images are taken from")
 
 
 def evaluation_set(model: LoadedModel, config: DataConfig) -> Dataset:
-    """The images that a model is evaluated on. Raises `UserError` as `load_split` does."""
-    transform = model.preprocessing.eval_transform()
-    return load_split("test", model.dataset, config.dataset, transform, model.classes)
+    """The images that a model is evaluated on; warns of classes that have none. Raises as `load_split` does."""
+    found = load_split("test", model.dataset, config, model.preprocessing.eval_transform(), labels_of(model))
+    present = len(set(found.targets))
+    if present < model.classes and rank() == 0:
+        text = f"--dataset {config.dataset} has images of {present} of the model's {model.classes} classes"
+        warnings.warn(UserNote(f"{text}; accuracy is over all of them"), stacklevel=2)
+    return found
 
 
 def evaluation_loader(model: LoadedModel, config: DataConfig) -> DataLoader:
@@ -164,12 +208,47 @@ def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
     return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
-def _image_folder(root: Path, transform: Callable) -> ImageFolder:
-    try:
-        return ImageFolder(str(root), transform, loader=load_rgb)
-    except FileNotFoundError:
-        kinds = ", ".join(IMG_EXTENSIONS[:4])
-        raise UserError(f"--dataset: {root} needs a folder per class with images ({kinds}, ...) in each") from None
+def tell_transparent(data: Dataset | None, shared_on: torch.device | None = None) -> None:
+    """Warn of the images that were read so far and had transparency, once for each set of files.
+
+    Args:
+        data: what was read, wholly or in part.
+        shared_on: where ranks can add up, of which each read a part; None: this one read all.
+    """
+    while isinstance(data, Subset):
+        data = data.dataset
+    if not isinstance(data, ImageFiles) or data.told:
+        return
+    transparent = data.transparent if shared_on is None else highest(data.transparent.to(shared_on))
+    found = transparent.nonzero().flatten().tolist()
+    data.told = bool(found)
+    if found and rank() == 0:
+        text = f"{len(found)} of the images that were read have transparency, first {data.files[found[0]]}"
+        colours = ",".join(map(str, data.background))
+        warnings.warn(UserNote(f"{text}; they are laid on --background {colours}"), stacklevel=2)
+
+
+def _class_folders(root: Path, train: Path | None, data: DataConfig, transform: Callable, labels: Labels) -> ImageFiles:
+    """The images of the class folders in `root`; those in `train`, where there are some, may tell the order."""
+    where, folders = f"--dataset {root}", subfolders(root)
+    if not folders:
+        raise UserError(f"{where} needs a folder per class with images ({', '.join(ENDINGS[:4])}, ...) in each")
+    files = {folder: image_paths(root / folder) for folder in folders}
+    empty = [folder for folder in folders if not files[folder]]
+    if empty:
+        raise UserError(f"{where} has no images ({', '.join(ENDINGS)}) in {listing(empty)}; fill or remove it")
+    trained = subfolders(train) if train is not None and train.is_dir() else []
+    numbers, names = class_numbers(folders, labels, data.class_order, where, trained)
+    labelled = [(path, numbers[folder]) for folder in folders for path in files[folder]]
+    return ImageFiles(labelled, names, transform, data.background)
+
+
+def _in_order_of(dataset: Dataset, labels: Labels, data: DataConfig, where: str) -> Dataset:
+    """A data set that knows its classes, numbered as the model's are."""
+    own = list(dataset.classes)
+    numbers, dataset.classes = class_numbers(own, labels, data.class_order, where)
+    dataset.targets = [numbers[own[target]] for target in dataset.targets]
+    return dataset
 
 
 def _is_cifar_root(root: Path, kind: str) -> bool:

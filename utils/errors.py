@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -11,8 +12,14 @@ class UserError(Exception):
     """A wrong input: one line that says what was wrong and what to do about it."""
 
 
+class UserNote(UserWarning):
+    """A right input that is not read as it stands: one line that says how it is read."""
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run an entry point; `UserError` and `UserNote` become lines on stderr, exit codes are 2, and 130 for Ctrl-C."""
+    warnings.formatwarning = _formatted
+    warnings.filterwarnings("ignore", module="PIL")  # of files that are then read or refused in a line of ours
     try:
         main()
     except UserError as error:
@@ -24,3 +31,11 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; finished batches are kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _formatted(message: Warning | str, category: type[Warning], *where: object, **how: object) -> str:
+    """A note as one line, other warnings as Python shows them."""
+    return f"note: {message}\n" if issubclass(category, UserNote) else _python_format(message, category, *where, **how)
+
+
+_python_format = warnings.formatwarning

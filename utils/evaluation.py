@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from models import SparseViT
 from quant.integers import with_integer_products
+from utils.data import tell_transparent
 from utils.ranks import rank, summed
 
 
@@ -49,6 +50,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             seen = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, same]).tolist()
             sums[name] = [total + value for total, value in zip(sums[name], seen, strict=True)]
+    tell_transparent(getattr(data, "dataset", None), device)
     images_seen = round(summed([images_seen], device)[0])
     sums = {name: summed(total, device) for name, total in sums.items()}
     return {

@@ -27,6 +27,8 @@ def quant_parser(description: str) -> Parser:
     add = parser.add_argument
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
+    about = "other inverted images that the quantized model is checked on, without labels; 0: no check"
+    add("--check_images", type=natural, default=QuantTask.check_images, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
     add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")
     add("--save", metavar="DIR", help="write the quantized model, to be read by quant.load_quantized(DIR)")
@@ -41,6 +43,7 @@ def quant_task(args: argparse.Namespace) -> QuantTask:
         images=source(args, inversion_config(args, args.calib_batchsize)),
         num_images=args.num_images or args.calib_batchsize,
         quantization=from_flags(QuantConfig, args, batch_size=args.calib_batchsize, seed=args.seed),
+        check_images=args.check_images,
         sensitivity=args.sensitivity,
         save=args.save,
         export=args.export,
@@ -125,8 +128,8 @@ def source(args: argparse.Namespace, config: InversionConfig) -> Source:
     if args.images is not None:
         if args.mode:
             raise UserError("--images are images that you have and --mode asks for others; leave one of them out")
-        return Stored(args.images)
-    return (Inverted(config, args.datapool), Noise(), Real(args.dataset))[args.mode]
+        return Stored(args.images, args.background)
+    return (Inverted(config, args.datapool), Noise(), Real(args.dataset, args.class_order, args.background))[args.mode]
 
 
 def common_configs(args: argparse.Namespace) -> dict[str, object]:

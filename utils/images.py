@@ -12,9 +12,11 @@ import torch
 from inversion import ImagePool, InversionConfig, SynthesisReport, synthesis_report, synthesize
 from inversion.events import require_tensorboard
 from models import LoadedModel, SparseImages
-from utils.data import ImageFiles, load_split, random_subset
+from utils.classes import labels_of
+from utils.data import DataConfig, load_split, random_subset, tell_transparent, unlabelled_files
 from utils.device import physical_memory_bytes, pick_device
 from utils.errors import UserError
+from utils.image_files import Colour
 from utils.pictures import LossCurve
 from utils.ranks import rank_zero_first
 
@@ -43,9 +45,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class Real:
-    """Of the training split of the model's data set; `dataset` is its path, None for the bundled digits."""
+    """Of the training split of the model's data set; `dataset` is its path, None for the bundled digits.
+
+    `class_order` and `background` as in `DataConfig`.
+    """
 
     dataset: str | Path | None = None
+    class_order: str | None = None
+    background: Colour | None = None
     mode: ClassVar[int] = 2
     kind: ClassVar[str] = "real"
 
@@ -54,10 +61,12 @@ class Real:
 class Stored:
     """Images that one has: a pool of the same model, read as it is, or a folder with image files at any depth.
 
-    Image files are cropped and normalized as in evaluation; they need no labels, and have the label 0.
+    Image files are cropped and normalized as in evaluation; they need no labels, and have the label 0. `background` as
+    in `DataConfig`.
     """
 
     path: str | Path
+    background: Colour | None = None
     mode: ClassVar[None] = None
     kind: ClassVar[str] = "stored"
 
@@ -99,17 +108,19 @@ def images_at_hand(model: LoadedModel, source: Noise | Real | Stored, count: int
         return SparseImages.whole(model.grid, noise, torch.zeros(count, dtype=torch.long))
     transform = model.preprocessing.eval_transform()
     if isinstance(source, Real):
-        found = load_split("train", model.dataset, source.dataset, transform, model.classes)
+        data = DataConfig(source.dataset, class_order=source.class_order, background=source.background)
+        found = load_split("train", model.dataset, data, transform, labels_of(model))
     elif (pool := source.pool(model)) is not None:
         there = pool.batches() * pool.config.batch_size
         if not there or (count or 0) > there:
             raise UserError(f"{count or 'some'} images were asked for, the pool {source.path} has {there}")
         return pool.read(count or there)
     else:
-        found = ImageFiles(source.path, transform)
+        found = unlabelled_files(source.path, transform, source.background)
     chosen = random_subset(found, count or len(found), seed)
     _require_memory(len(chosen), model)
     images, labels = zip(*chosen, strict=True)
+    tell_transparent(found)
     return SparseImages.whole(model.grid, torch.stack(images), torch.tensor(labels))
 
 

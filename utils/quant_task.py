@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from inversion import SynthesisReport
+from inversion import Inverter, SynthesisReport, configured
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
 from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
+from quant.fidelity import fidelity, log_probabilities
 from quant.sensitivity import save_sensitivity, sensitivity
 from utils.cli import by_flag
 from utils.data import evaluation_set, limited, loader
-from utils.device import pick_device, seed_all
+from utils.device import pick_device, pick_dtype, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import write_json
 from utils.images import Inverted, Synthesis, images_at_hand
 from utils.pictures import LossCurve, save_images, save_loss_curve
-from utils.ranks import rank, rank_zero_first
+from utils.ranks import rank, rank_zero_first, ranks
 from utils.report_page import write_quant_page
 from utils.task import Task
+
+CHECK = {"iterations": 30, "init": "pink", "lr_schedule": "cosine", "tv2": 0.0}
+"""How images to check with are made: few iterations, so that they are cheap and not what one model alone answers to."""
+CHECK_SEED = 2**32 - 1
+SUSPECT = 3.0
+"""Expected loss of top-1, in percentage points, from which on a run says what is to blame."""
 
 
 @dataclass(frozen=True)
 class QuantTask(Task):
     """Everything that a run of the task is asked for.
 
-    `num_images`: calibration images. `sensitivity`: measure what each layer alone costs. `save`: folder for the
+    `num_images`: calibration images. `check_images`: others that the quantized model is held against its original on,
+    without labels; 0: none. `sensitivity`: measure what each layer alone costs. `save`: folder for the
     quantized model. `export`: ONNX file.
 
     Raises `UserError` for what cannot go together.
@@ -38,6 +46,7 @@ class QuantTask(Task):
 
     num_images: int
     quantization: QuantConfig
+    check_images: int = 32
     sensitivity: bool = False
     save: str | Path | None = None
     export: str | Path | None = None
@@ -107,6 +116,8 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         "calibration_images": len(images),
         "calibration_seconds": round(seconds, 3),
     }
+    if task.check_images:
+        report["check"] = _check(task, model, vit, quantized, images, config, device)
     if task.sensitivity:
         report["sensitivity"] = sensitivity(vit, images, config, task.run.progress)
     if rank() == 0:
@@ -122,6 +133,49 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         write_json(output / "report.json", report)
         write_quant_page(output, report, curve)
     return report
+
+
+def check_images(model: LoadedModel, count: int, device: torch.device) -> SparseImages:
+    """`count` whole images inverted out of the model, the same for every run; no run is calibrated on them.
+
+    Twice as many are made, and those kept that the model is surest of, as it is of most real ones.
+    """
+    config = configured(batch_size=2 * count, seed=CHECK_SEED, dtype=pick_dtype("auto", device), **CHECK)
+    images = Inverter(model, config, device).invert(0).images
+    sure = log_probabilities(model.sparse(device), images, count).amax(dim=1).cpu()
+    return images.at(sure.topk(count).indices.sort().values)
+
+
+def _check(
+    task: QuantTask,
+    model: LoadedModel,
+    vit: SparseViT,
+    quantized: SparseViT,
+    images: SparseImages,
+    config: QuantConfig,
+    device: torch.device,
+) -> dict[str, object]:
+    """The `Fidelity` of the quantized model; of a suspect one also the places that cost most, and what to try."""
+    seen = check_images(model, task.check_images, device)
+    found = asdict(fidelity(vit, quantized, seen, config.batch_size)) | {"images": len(seen)}
+    if found["expected_drop"] >= SUSPECT:
+        few = images.at(slice(8 * ranks()))
+        rows = sensitivity(vit, few, replace(config, batch_size=max(1, len(few) // ranks())))
+        found |= {"costliest": [row["layer"] for row in rows[:3]], "try": remedies(config, task.images.mode)}
+    return found
+
+
+def remedies(config: QuantConfig, mode: int | None) -> list[str]:
+    """Flags that may give back what a quantized model lost."""
+    few = min(config.w_bit, config.a_bit) < 8
+    tried = {
+        "--mode 0": mode == 1,
+        "--observer auto": config.observer == "minmax",
+        "--reconstruct": config.w_bit < 32 and not config.reconstruct,
+        "--keep with these": few,
+        "more bits": few,
+    }
+    return [flag for flag, helps in tried.items() if helps]
 
 
 def _calibration(

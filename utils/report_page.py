@@ -98,6 +98,7 @@ def write_quant_page(folder: Path, report: Mapping, curve: LossCurve | None) -> 
     sections = [
         Table("Accuracy", header, lines, note=f"{report['fp']['images']:,} test images", half=True),
         cost(report["inversion"], calibration=number(report["calibration_seconds"], " s")),
+        check(report.get("check")),
         picture(folder / "images.png", "Calibration images", stopped(report["inversion"])),
         loss_curve(curve),
         error_by_layer(report.get("sensitivity")),
@@ -183,6 +184,20 @@ def cost(synthesis: Mapping, **further: str) -> Facts:
         "patches by stage": " → ".join(map(str, synthesis["patches_per_stage"])),
     }
     return Facts("Cost", (values if made else {}) | further, half=True)
+
+
+def check(found: Mapping | None) -> Facts | None:
+    """How far the quantized model is from its original on images without labels, if that was measured."""
+    if found is None:
+        return None
+    values = {
+        "agreement": f"{found['agreement']:.2f}%",
+        "divergence": f"{found['divergence']:.4f} nats",
+        "top-1 expected to be lost": f"{found['expected_drop']:.1f} points",
+        "cost most": ", ".join(found.get("costliest", [])),
+        "try": ", ".join(found.get("try", [])),
+    }
+    return Facts("Without labels", values, note=f"Against full precision, on {found['images']} other inverted images")
 
 
 def error_by_layer(rows: Sequence[Mapping] | None) -> Table | None:

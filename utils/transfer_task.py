@@ -17,7 +17,7 @@ from models import LoadedModel, SparseImages, load_model
 from models.registry import short_name
 from utils.checkpoint import Checkpoint
 from utils.cli import by_flag
-from utils.data import evaluation_loader
+from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -94,7 +94,8 @@ def transfer_report(
     teacher = load_model(task.model.name, task.model.path)
     output = task.folder
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
-    data = evaluation_loader(teacher, task.data)
+    test_set = evaluation_set(teacher, task.data)
+    data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
     student = load_student(teacher, task.student)
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:
@@ -130,7 +131,7 @@ def transfer_report(
     }
     shown = images(len(found.history) - 1)
     if rank() == 0:
-        facts = {"top1": found.best_top1, "test_images": report["teacher"]["images"]}
+        facts = {"top1": found.best_top1, "test_images": report["teacher"]["images"], "label_names": test_set.classes}
         save_student(student, teacher, output / "student", **facts)
         save_images(output / "images.png", shown, teacher)
         write_json(output / "report.json", report)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
 from inversion.total_variation import total_variation
-from models.registry import read_weights
+from models.weights import read_weights
 from utils.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

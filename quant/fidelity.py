@@ -1,0 +1,63 @@
+"""How far a quantized model is from its original, measured without labels and without data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import SparseImages, SparseViT
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What two models say of the same images.
+
+    `agreement`: images that both put in the same class, per cent. `divergence`: mean Kullback-Leibler divergence of the
+    quantized model's prediction from the original's, nats. `lost_confidence`: by how much the probability of the
+    original's class falls, mean over images where it does, 0 to 1. `expected_drop`: `expected_drop` of that.
+    """
+
+    agreement: float
+    divergence: float
+    lost_confidence: float
+    expected_drop: float
+
+
+@torch.no_grad()
+def fidelity(vit: SparseViT, quantized: SparseViT, images: SparseImages, batch_size: int = 32) -> Fidelity:
+    """Compare the predictions of a model and its quantized copy.
+
+    Args:
+        vit: the full-precision model.
+        quantized: what `quantize` made of it, on the same device.
+        images: ones that it was not calibrated on; their labels are not used.
+        batch_size: images a forward pass.
+    """
+    wanted, found = (log_probabilities(model, images, batch_size) for model in (vit, quantized))
+    choice = wanted.argmax(dim=1, keepdim=True)
+    lost = (wanted.gather(1, choice).exp() - found.gather(1, choice).exp()).clamp(min=0).mean().item()
+    return Fidelity(
+        agreement=round(100 * (found.argmax(dim=1) == choice[:, 0]).double().mean().item(), 2),
+        divergence=divergence(wanted, found),
+        lost_confidence=lost,
+        expected_drop=expected_drop(lost),
+    )
+
+
+def expected_drop(lost_confidence: float) -> float:
+    """Percentage points of top-1 that a model loses whose confidence falls so much, as measured (docs/quantize.md)."""
+    return 100 * lost_confidence**2
+
+
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of log-probabilities (N, classes) from those that are wanted, nats."""
+    return (wanted.exp() * (wanted - found)).sum(dim=1).mean().item()
+
+
+def log_probabilities(vit: SparseViT, images: SparseImages, batch_size: int) -> Tensor:
+    """Predictions (N, classes), in float64."""
+    batches = images.batches(batch_size)
+    logits = [vit(batch.patches.to(vit.device), batch.positions.to(vit.device)).logits for batch in batches]
+    return torch.cat(logits).double().log_softmax(dim=1)

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Can accuracy be foretold without labels: what `--check_images` says of quantized models against what they lose.
+
+Every method's images at every width with every observer. Finished cells are kept in OUTPUT/rows.jsonl, so that models
+with other data can be added to it by further runs. OUTPUT gets label_free.json and label_free.png, of all cells there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch.utils.data import Subset
+
+from models import SparseViT
+from models.registry import short_name
+from quant import OBSERVERS, quantize
+from quant.fidelity import expected_drop, fidelity
+from scripts.compare import Bench, Cell, cells_of, quant_grid_parser
+from scripts.comparison import Rows
+from utils.data import loader
+from utils.errors import run_main
+from utils.evaluation import evaluate
+from utils.files import writable_folder, write_json
+from utils.pictures import save_figure
+from utils.quant_task import check_images
+from utils.report import table
+
+
+def with_observers(cells: Sequence[Cell], observers: Sequence[str]) -> list[Cell]:
+    """Every cell with every observer."""
+    return [
+        replace(cell, task=replace(cell.task, quantization=replace(cell.task.quantization, observer=observer)))
+        for cell, observer in itertools.product(cells, observers)
+    ]
+
+
+def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows) -> None:
+    """A row for each cell; those that differ in observer and width alone are evaluated in one pass over the data."""
+    full = top1_of_halves(bench, {"full": bench.vit})["full"]
+    seen = check_images(bench.model, cells[0].task.check_images, bench.device)
+    for (seed, method), group in itertools.groupby(cells, key=lambda cell: (cell.task.run.seed, cell.method)):
+        keys = {(cell.width, cell.task.quantization.observer): cell.task.settings() | bench.facts for cell in group}
+        missing = {name for name, key in keys.items() if rows.find(key) is None}
+        if missing:
+            print(f"== {bench.model.name}, {method.name}, seed {seed}, {len(missing)} models", flush=True)
+            of_method = [cell for cell in cells if (cell.task.run.seed, cell.method) == (seed, method)]
+            images, _ = bench.images(of_method[0].task)
+            models = {}
+            for cell in of_method:
+                name = cell.width, cell.task.quantization.observer
+                if name in missing:
+                    models[name] = quantize(bench.vit, images, cell.task.quantization)
+            for name, top1 in top1_of_halves(bench, models).items():
+                row = {"model": short_name(bench.model.name), "images": method.name, "seed": seed, "width": name[0]}
+                drops = [whole - half for whole, half in zip(full, top1, strict=True)]
+                row |= {"observer": name[1], "drop": statistics.fmean(drops), "drops_of_halves": drops}
+                rows.add(keys[name], row | asdict(fidelity(bench.vit, models[name], seen)))
+
+
+def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[object, list[float]]:
+    """Top-1 on either half of the test images: what one half says of the other is the most that can be foretold."""
+    images = bench.data.dataset
+    halves = [Subset(images, range(start, len(images) // 2 * 2, 2)) for start in (0, 1)]
+    loaders = [loader(half, bench.data.batch_size, bench.data.num_workers) for half in halves]
+    found = [evaluate(models, half, bench.device) for half in loaders]
+    return {name: [half[name]["top1"] for half in found] for name in models}
+
+
+def summary(rows: Sequence[dict]) -> list[dict]:
+    """For each model and for all of them: rank correlations, and how far the expected drop is off."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    groups = {name: [row for row in rows if row["model"] == name] for name in names} | {"all": list(rows)}
+    found = []
+    for name, group in groups.items():
+        drops = [row["drop"] for row in group]
+        ranks = {key: spearmanr(drops, [row[key] for row in group])[0] for key in ("lost_confidence", "divergence")}
+        ranks["agreement"] = spearmanr(drops, [-row["agreement"] for row in group])[0]
+        ranks["other_half"] = spearmanr(*zip(*(row["drops_of_halves"] for row in group), strict=True))[0]
+        off = sorted(abs(row["expected_drop"] - row["drop"]) for row in group)
+        small = [abs(row["expected_drop"] - row["drop"]) for row in group if row["drop"] < 5]
+        ranks = {key: round(float(value), 3) for key, value in ranks.items()}
+        errors = {"off_median": off[len(off) // 2], "off_most": off[-1], "off_most_below_5": max(small)}
+        found.append({"model": name, "rows": len(group), **ranks, **{k: round(v, 2) for k, v in errors.items()}})
+    return found
+
+
+def save_picture(path: Path, rows: Sequence[dict]) -> None:
+    """Expected against true drop, a panel from 0 to 100 points and one of the small drops."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    names, observers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "observer"))
+    for number, most in enumerate((100, 10), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        axes.plot([0, most], [0, most], color="0.7", linewidth=1, zorder=0)
+        for (mark, name), (color, observer) in itertools.product(zip("ox", names, strict=False), enumerate(observers)):
+            mine = [row for row in rows if (row["model"], row["observer"]) == (name, observer)]
+            places = [row["drop"] for row in mine], [row["expected_drop"] for row in mine]
+            axes.scatter(*places, marker=mark, s=18, color=f"C{color}", label=f"{name}, {observer}", linewidth=0.8)
+        axes.set(xlabel="top-1 lost, points", ylabel="expected, points", xlim=(-1, most), ylim=(-1, most))
+    axes.legend(fontsize=7)
+    save_figure(path, figure)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measure every cell; print and write the correlations."""
+    parser = quant_grid_parser(__doc__, "./runs/label_free")
+    parser.add_argument("--observers", nargs="+", choices=OBSERVERS, default=list(OBSERVERS), help="observers")
+    args, others = parser.parse_known_args(argv)
+    cells = with_observers(cells_of(args, others), args.observers)
+    output = writable_folder(args.output, "--output")
+    rows = Rows(output)
+    for _, of_model in itertools.groupby(cells, key=lambda cell: cell.task.model):
+        of_model = list(of_model)
+        add_rows(Bench(of_model[0].task), of_model, rows)
+    found = [row | {"expected_drop": expected_drop(row["lost_confidence"])} for row in rows.rows if "drop" in row]
+    lines = summary(found)
+    write_json(output / "label_free.json", {"summary": lines, "rows": found})
+    save_picture(output / "label_free.png", found)
+    print(table(list(lines[0]), [list(line.values()) for line in lines]))
+    print(f"rows and picture: {output}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_main(main)
