@@ -83,18 +83,7 @@ class ModelConfig:
     )
     path: str | None = setting(None, "local weights, a file or a folder with NAME.pth", "--model_path", metavar="PATH")
     key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
-    img_size: int | None = setting(
-        None, "height and width of its images in px; default the model's own", "--img_size", type=positive, metavar="PX"
-    )
-    key: str | None = setting(
-        None,
-        "which of several state_dicts in the weights file, as its error lists them",
-        "--weights_key",
-        metavar="KEY",
-    )
-    img_size: int | None = setting(
-        None, "side of its images in pixels, if not its own; positions are resampled", type=positive, metavar="PIXELS"
-    )
+    img_size: int | None = setting(None, "side of its images in px; default its own", type=positive, metavar="PX")
 
 
 @dataclass(frozen=True)

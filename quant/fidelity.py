@@ -15,14 +15,11 @@ class Fidelity:
     """What two models say of the same images.
 
     `agreement`: images that both put in the same class, per cent. `divergence`: mean Kullback-Leibler divergence of the
-    quantized model's prediction from the original's, nats. `lost_confidence`: by how much the probability of the
-    original's class falls, mean over images where it does, 0 to 1. `expected_drop`: `expected_drop` of that.
+    quantized model's prediction from the original's, nats.
     """
 
     agreement: float
     divergence: float
-    lost_confidence: float
-    expected_drop: float
 
 
 @torch.no_grad()
@@ -36,19 +33,8 @@ def fidelity(vit: SparseViT, quantized: SparseViT, images: SparseImages, batch_s
         batch_size: images a forward pass.
     """
     wanted, found = (log_probabilities(model, images, batch_size) for model in (vit, quantized))
-    choice = wanted.argmax(dim=1, keepdim=True)
-    lost = (wanted.gather(1, choice).exp() - found.gather(1, choice).exp()).clamp(min=0).mean().item()
-    return Fidelity(
-        agreement=round(100 * (found.argmax(dim=1) == choice[:, 0]).double().mean().item(), 2),
-        divergence=divergence(wanted, found),
-        lost_confidence=lost,
-        expected_drop=expected_drop(lost),
-    )
-
-
-def expected_drop(lost_confidence: float) -> float:
-    """Percentage points of top-1 that a model loses whose confidence falls so much, as measured (docs/quantize.md)."""
-    return 100 * lost_confidence**2
+    same = (wanted.argmax(dim=1) == found.argmax(dim=1)).double().mean().item()
+    return Fidelity(round(100 * same, 2), divergence(wanted, found))
 
 
 def divergence(wanted: Tensor, found: Tensor) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import LoadedModel, SparseViT
+from models.registry import bare_model
 from quant.calibration import fitting
 from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
@@ -75,7 +75,7 @@ def load_quantized(folder: str | Path) -> SparseViT:
     if about.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG} has format {about.get('format')}, this program reads {FORMAT}")
     try:
-        vit = timm.create_model(about["architecture"], pretrained=False, **about["arguments"])
+        vit = bare_model(about["architecture"], about["arguments"])
         quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}
         quantized = quantized_vit(SparseViT(vit), QuantConfig(**quantization), scale_of=largest_value_scale)
         state = load_file(folder / WEIGHTS)

@@ -99,11 +99,11 @@ class Bench:
 
     def __init__(self, task: QuantTask) -> None:
         self.device = pick_device(task.run.device, task.run.gpu)
-        self.model = load_model(task.model.name, task.model.path)
+        self.model = load_model(task.model)
         self.data = evaluation_loader(self.model, task.data)
         self.vit = self.model.sparse(self.device)
         self.facts = {"fingerprint": self.model.fingerprint(), "val_images": len(self.data.dataset)}
-        self.settings = {"model": task.model.name, "dataset": task.data.dataset}
+        self.settings = {"model": task.model.name, "dataset": task.data.dataset, **task.data.reading()}
 
     def images(self, task: QuantTask) -> tuple[SparseImages, SynthesisReport]:
         """What the task is calibrated with, and what it cost."""

@@ -121,7 +121,7 @@ def with_known_costs(rows: list[dict]) -> list[dict]:
 
 def pool_images(rows: list[dict], model: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """The first images of every method's first pool of a model: see `save_images`."""
-    found, teacher = {}, load_model(model.name, model.path)
+    found, teacher = {}, load_model(model)
     for row in rows:
         if row["model"] == model.name and row["pool"] and row["method"] not in found:
             pool = ImagePool.existing(Path(row["pool"]), teacher)

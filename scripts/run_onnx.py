@@ -52,8 +52,9 @@ def read_image(path: str, background: tuple[int, ...] = WHITE) -> tuple[Image.Im
         return decoded, False
     if decoded.getchannel("A").getextrema()[0] == 255:
         return decoded.convert("RGB"), False
-    canvas = Image.new("RGBA", decoded.size, (*background, 255))
-    return Image.alpha_composite(canvas, decoded).convert("RGB"), True
+    canvas = Image.new("RGB", decoded.size, background)
+    canvas.paste(decoded, mask=decoded)
+    return canvas, True
 
 
 def refusal(image: Image.Image) -> str | None:
@@ -82,7 +83,9 @@ def decode(image: Image.Image) -> Image.Image:
             image.info["transparency"] = tuple(value >> 8 for value in hidden)
     if image.mode == "La":
         image = image.convert("LA")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

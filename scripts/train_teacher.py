@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from models import load_model
+from models import ModelConfig, load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
@@ -74,6 +74,8 @@ class TrainConfig(Reading):
     output: str = setting("", "folder for checkpoint, trained model and training.json", metavar="DIR", required=True)
     model: str = setting(DEFAULT_MODEL, "a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
     model_path: str | None = setting(None, "weights to start from, file or folder; default its own", metavar="PATH")
+    key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
+    img_size: int | None = setting(None, "side of its images in px; default its own", type=positive, metavar="PX")
     init: str = setting("pretrained", "start from trained or random weights", choices=("pretrained", "scratch"))
     dataset: str | None = setting(None, "folder of the data, of CIFAR its root; the digits need none", metavar="DIR")
     data: str | None = setting(None, "kind of data; default what the model's name tells", choices=(*CLASSES, "folder"))
@@ -307,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = writable_folder(config.output, "--output")
     checkpoint = Checkpoint(folder, config.settings(), made_by_run="model.safetensors")
     seed_all(config.seed)
-    loaded = load_model(config.model, config.model_path, random_weights=config.init == "scratch", classes=classes)
+    source = ModelConfig(config.model, config.model_path, config.key, config.img_size)
+    loaded = load_model(source, random_weights=config.init == "scratch", classes=classes)
     train, test, labels = load_data(config, loaded.preprocessing, classes)
     trainer = Trainer(loaded.vit, train, config)
     if checkpoint.state is not None:

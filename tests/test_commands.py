@@ -19,7 +19,6 @@ from utils.errors import UserError
 from utils.flags import quant_parser, quant_task
 
 QUICK = ["--iterations", "30", "--prune_it", "5", "10", "--prune_ratio", "0.3", "0.3", "--calib-batchsize", "4"]
-QUICK += ["--check_images", "0"]
 
 
 @pytest.fixture

@@ -49,6 +49,11 @@ class Reading:
         if self.background is not None:
             checked_colour(self.background)
 
+    def reading(self) -> dict[str, object]:
+        """What was asked for, by the names of the flags."""
+        asked = {"class_order": self.class_order, "background": self.background}
+        return {name: value for name, value in asked.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class DataConfig(Reading):

@@ -27,7 +27,7 @@ def quant_parser(description: str) -> Parser:
     add = parser.add_argument
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
-    about = "other inverted images that the quantized model is checked on, without labels; 0: no check"
+    about = "hold the quantized model against its original on N other inverted images, without labels"
     add("--check_images", type=natural, default=QuantTask.check_images, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
     add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")

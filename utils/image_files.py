@@ -96,8 +96,9 @@ def read_image(path: str | Path, background: Colour = WHITE) -> tuple[Image.Imag
         return decoded, False
     if decoded.getchannel("A").getextrema()[0] == 255:
         return decoded.convert("RGB"), False
-    canvas = Image.new("RGBA", decoded.size, (*background, 255))
-    return Image.alpha_composite(canvas, decoded).convert("RGB"), True
+    canvas = Image.new("RGB", decoded.size, background)
+    canvas.paste(decoded, mask=decoded)
+    return canvas, True
 
 
 def _opened(path: str | Path) -> Image.Image:
@@ -135,7 +136,9 @@ def _decoded(image: Image.Image) -> Image.Image:
             image.info["transparency"] = tuple(value >> 8 for value in hidden)
     if image.mode == "La":
         image = image.convert("LA")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -193,7 +193,6 @@ def check(found: Mapping | None) -> Facts | None:
     values = {
         "agreement": f"{found['agreement']:.2f}%",
         "divergence": f"{found['divergence']:.4f} nats",
-        "top-1 expected to be lost": f"{found['expected_drop']:.1f} points",
         "cost most": ", ".join(found.get("costliest", [])),
         "try": ", ".join(found.get("try", [])),
     }

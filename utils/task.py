@@ -58,9 +58,7 @@ class Task:
     def settings(self) -> dict[str, object]:
         """What its numbers depend on besides the model's weights, by the names of the flags."""
         flags = {"mode": self.images.mode, "seed": self.run.seed, **by_flag(self.model)}
-        flags |= {"dataset": self.data.dataset, "val_limit": self.data.val_limit}
-        reading = {"class_order": self.data.class_order, "background": self.data.background}
-        flags |= {name: value for name, value in reading.items() if value is not None}
+        flags |= {"dataset": self.data.dataset, "val_limit": self.data.val_limit, **self.data.reading()}
         if isinstance(self.images, Inverted):
             how = self.images.config
             flags |= {**by_flag(how), **how.weights, **how.options, "inversion_batchsize": how.batch_size}

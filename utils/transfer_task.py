@@ -91,7 +91,7 @@ def transfer_report(
     """
     device = device or pick_device(task.run.device, task.run.gpu)
     seed_all(task.run.seed)
-    teacher = load_model(task.model.name, task.model.path)
+    teacher = load_model(task.model)
     output = task.folder
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
     test_set = evaluation_set(teacher, task.data)

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from models import SparseViT
 from models.registry import short_name
 from quant import OBSERVERS, quantize
-from quant.fidelity import expected_drop, fidelity
+from quant.fidelity import fidelity
 from scripts.compare import Bench, Cell, cells_of, quant_grid_parser
 from scripts.comparison import Rows
 from utils.data import loader
@@ -46,7 +46,7 @@ def with_observers(cells: Sequence[Cell], observers: Sequence[str]) -> list[Cell
 def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows) -> None:
     """A row for each cell; those that differ in observer and width alone are evaluated in one pass over the data."""
     full = top1_of_halves(bench, {"full": bench.vit})["full"]
-    seen = check_images(bench.model, cells[0].task.check_images, bench.device)
+    seen = check_images(bench.model, cells[0].task.check_images or 32, bench.device)
     for (seed, method), group in itertools.groupby(cells, key=lambda cell: (cell.task.run.seed, cell.method)):
         keys = {(cell.width, cell.task.quantization.observer): cell.task.settings() | bench.facts for cell in group}
         missing = {name for name, key in keys.items() if rows.find(key) is None}
@@ -76,35 +76,32 @@ def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[obj
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """For each model and for all of them: rank correlations, and how far the expected drop is off."""
+    """Rank correlations with the true loss, for each model and for all: of both figures, and between the halves."""
     names = list(dict.fromkeys(row["model"] for row in rows))
     groups = {name: [row for row in rows if row["model"] == name] for name in names} | {"all": list(rows)}
     found = []
     for name, group in groups.items():
         drops = [row["drop"] for row in group]
-        ranks = {key: spearmanr(drops, [row[key] for row in group])[0] for key in ("lost_confidence", "divergence")}
-        ranks["agreement"] = spearmanr(drops, [-row["agreement"] for row in group])[0]
-        ranks["other_half"] = spearmanr(*zip(*(row["drops_of_halves"] for row in group), strict=True))[0]
-        off = sorted(abs(row["expected_drop"] - row["drop"]) for row in group)
-        small = [abs(row["expected_drop"] - row["drop"]) for row in group if row["drop"] < 5]
-        ranks = {key: round(float(value), 3) for key, value in ranks.items()}
-        errors = {"off_median": off[len(off) // 2], "off_most": off[-1], "off_most_below_5": max(small)}
-        found.append({"model": name, "rows": len(group), **ranks, **{k: round(v, 2) for k, v in errors.items()}})
+        ranks = {
+            "divergence": spearmanr(drops, [row["divergence"] for row in group])[0],
+            "agreement": spearmanr(drops, [-row["agreement"] for row in group])[0],
+            "halves": spearmanr(*zip(*(row["drops_of_halves"] for row in group), strict=True))[0],
+        }
+        found.append({"model": name, "rows": len(group), **{key: round(float(rho), 3) for key, rho in ranks.items()}})
     return found
 
 
 def save_picture(path: Path, rows: Sequence[dict]) -> None:
-    """Expected against true drop, a panel from 0 to 100 points and one of the small drops."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    """The divergence against the true loss."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
     names, observers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "observer"))
-    for number, most in enumerate((100, 10), start=1):
-        axes = figure.add_subplot(1, 2, number)
-        axes.plot([0, most], [0, most], color="0.7", linewidth=1, zorder=0)
-        for (mark, name), (color, observer) in itertools.product(zip("ox", names, strict=False), enumerate(observers)):
-            mine = [row for row in rows if (row["model"], row["observer"]) == (name, observer)]
-            places = [row["drop"] for row in mine], [row["expected_drop"] for row in mine]
-            axes.scatter(*places, marker=mark, s=18, color=f"C{color}", label=f"{name}, {observer}", linewidth=0.8)
-        axes.set(xlabel="top-1 lost, points", ylabel="expected, points", xlim=(-1, most), ylim=(-1, most))
+    for (mark, name), (color, observer) in itertools.product(zip("ox^s", names, strict=False), enumerate(observers)):
+        mine = [row for row in rows if (row["model"], row["observer"]) == (name, observer)]
+        places = [row["divergence"] for row in mine], [row["drop"] for row in mine]
+        axes.scatter(*places, marker=mark, s=18, color=f"C{color}", label=f"{name}, {observer}", linewidth=0.8)
+    axes.set(xlabel="divergence without labels, nats", ylabel="top-1 lost, points", xscale="log")
+    axes.set_yscale("symlog", linthresh=1)
     axes.legend(fontsize=7)
     save_figure(path, figure)
 
@@ -120,7 +117,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for _, of_model in itertools.groupby(cells, key=lambda cell: cell.task.model):
         of_model = list(of_model)
         add_rows(Bench(of_model[0].task), of_model, rows)
-    found = [row | {"expected_drop": expected_drop(row["lost_confidence"])} for row in rows.rows if "drop" in row]
+    found = [row for row in rows.rows if "drop" in row]
     lines = summary(found)
     write_json(output / "label_free.json", {"summary": lines, "rows": found})
     save_picture(output / "label_free.png", found)
