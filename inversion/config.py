@@ -36,6 +36,10 @@ class InversionConfig:
     lr_schedule: str = setting("constant", "of --lr_g; cosine falls to 0 at the end", choices=LR_SCHEDULES)
     warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=int, metavar="N")
     init: str = setting("white", "noise that pixels start from; pink has images' spectrum", choices=INITS)
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    """Of the terms of the loss, by name."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Settings of the priors besides weights; what is left out has its default."""
     strategy: str | None = setting(None, "what stops; default smi with --prune_it, else dense", choices=STRATEGIES)
     importance: str = setting("cls", "what ranks the patches; cls: the class token's attention", choices=IMPORTANCES)
     prune_it: tuple[int, ...] = setting((-1,), "iterations at which patches stop; default -1: dense", **TIMES)
@@ -52,10 +56,6 @@ class InversionConfig:
     )
     flip: bool = setting(True, "mirror the image in half of the iterations; default yes", action=BooleanOptionalAction)
     snapshots: tuple[int, ...] = setting((), "iterations at which a batch is kept, for pictures; default none", **TIMES)
-    weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
-    """Of the terms of the loss, by name."""
-    options: Mapping[str, object] = field(default_factory=dict)
-    """Settings of the priors besides weights; what is left out has its default."""
     student: str | None = None
     """What the student of the adversarial term is and how it learns; ignored without that term."""
     batch_size: int = 32
