@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             tokens.append(spelling.get(flag.replace("_", "-"), flag) + equals + value if flag[:2] == "--" else token)
         found, rest = super().parse_known_args(tokens, namespace)
         if namespace is None:
-            found.command = shlex.join(["python", self.prog, *given])
+            found.command = shlex.join(["python", sys.argv[0], *given])
         return found, rest
 
     def error(self, message: str) -> NoReturn:
