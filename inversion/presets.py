@@ -52,6 +52,8 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
     # A schedule that is given says by itself whether the run is sparse; a strategy without one does not inherit it.
     if "prune_it" in given:
         dropped = ("strategy", "prune_ratio")
+        if list(given["prune_it"]) != [-1] and "prune_ratio" not in given:
+            raise UserError("--prune_it needs --prune_ratio, the share of patches that stops at each of its iterations")
     else:
         dropped = ("prune_it", "prune_ratio") if given.get("strategy") in ("dense", "pri") else ()
     kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}

@@ -172,6 +172,7 @@ WRONG = [
     wrong(["--prune_it", "5", "--prune_ratio", "1.0"], "[0, 1)"),
     wrong(["--prune_it", "5", "10", "--prune_ratio", "0.98", "0.5"], "leaves none"),
     wrong(["--w_bit", "1"], "--w_bit 1"),
+    wrong(["--prune_it", "5", "10", "--prune_ratio"], "--prune_ratio"),
     wrong(["--a_bit", "9"], "--a_bit 9"),
     wrong(["--observer", "median"], "--observer"),
     wrong(["--observer", "repq", "--a_bit", "32"], "--observer repq", "--a_bit 32"),
@@ -205,6 +206,13 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing(tmp_path, quick, flag
     assert all(part in message for part in expected), message
     assert not list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("flags", [["--prune_it", "5"], ["--preset", "smi", "--prune_it", "5"]], ids=" ".join)
+def test_a_schedule_without_shares_is_refused(tmp_path, flags):
+    with pytest.raises(UserError, match="--prune_it needs --prune_ratio"):
+        test_quant.main([*flags, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
