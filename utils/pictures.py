@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -62,19 +61,6 @@ def save_loss_curve(path: Path, curve: LossCurve) -> None:
         )
     axes.set(xlabel="iteration", ylabel="inversion loss", yscale="log", xlim=(1, losses.shape[1]))
     axes.set_title("patches left at the grey lines", fontsize="medium", color="0.4")
-    save_figure(path, figure)
-
-
-def save_side_by_side(path: Path, pictures: dict[str, Path]) -> None:
-    """Pictures from files, in one row at full size, each under its name."""
-    images = {name: Image.open(file) for name, file in pictures.items()}
-    width, height = max(i.width for i in images.values()), max(i.height for i in images.values())
-    figure = Figure(figsize=(len(images) * (width + 20) / 100, (height + 40) / 100), dpi=100, layout="constrained")
-    for number, (name, image) in enumerate(images.items(), start=1):
-        axes = figure.add_subplot(1, len(images), number)
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(name)
-        axes.set_axis_off()
     save_figure(path, figure)
 
 
