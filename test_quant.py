@@ -51,8 +51,8 @@ def print_summary(report: dict, output: Path) -> None:
 def print_check(found: dict) -> None:
     """How far the quantized model is from its original, and what is to blame if that is far."""
     print(
-        f"without labels, on {found['images']} other inverted images: agreement {found['agreement']:.2f}%, "
-        f"divergence {found['divergence']:.4f} nats"
+        f"without labels, on {found['images']} other inverted images: agreement {found['agreement']:.2f}%, divergence "
+        f"{found['divergence']:.4f} nats, which foretell a loss of about {found['predicted_drop']:.1f} points of top-1"
     )
     if "costliest" in found:
         print(f"warning: {', '.join(found['costliest'])} cost most; try {', '.join(found['try'])}")

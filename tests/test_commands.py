@@ -24,7 +24,8 @@ QUICK = ["--iterations", "30", "--prune_it", "5", "10", "--prune_ratio", "0.3", 
 @pytest.fixture
 def quick(tmp_path) -> list[str]:
     """Flags of a run that takes a second or two."""
-    return [*QUICK, "--val_limit", "40", "--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
+    where = ["--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
+    return [*QUICK, "--val_limit", "40", "--check_images", "0", *where]
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
@@ -351,7 +352,8 @@ def test_missing_patches_of_real_images_cost_accuracy_at_low_widths(tmp_path):
 
 
 def test_pipeline_figure_of_a_pool_with_snapshots(tmp_path):
-    flags = [*QUICK, "--val_limit", "8", "--output", str(tmp_path / "out"), "--datapool", str(tmp_path / "pool")]
+    where = ["--output", str(tmp_path / "out"), "--datapool", str(tmp_path / "pool")]
+    flags = [*QUICK, "--val_limit", "8", "--check_images", "0", *where]
     report = test_quant.main([*flags, "--snapshots", "0", "5", "10", "30"])
     figure = figure_pipeline.main([report["inversion"]["pool"], "--output", str(tmp_path / "figure.png")])
     assert Image.open(figure).size[0] > 400

@@ -1,14 +1,16 @@
 """How far a quantized model is from its original, without labels: the figure, and what a run says of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import test_quant
-from models import load_model
+from models import ModelConfig, load_model
 from quant import QuantConfig, quantize
 from quant.fidelity import fidelity
-from utils import Real, calibration_images
+from utils import DataConfig, QuantTask, Real, RunConfig, calibration_images
 from utils.quant_task import check_images, remedies
 
 CPU = torch.device("cpu")
@@ -20,13 +22,19 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def images(model):
-    return check_images(model, 32, CPU)
+def task(tmp_path_factory):
+    pool = tmp_path_factory.mktemp("pool")
+    return QuantTask(ModelConfig(), DataConfig(), Real(), RunConfig(), 32, QuantConfig(), check_pool=pool)
+
+
+@pytest.fixture(scope="module")
+def images(model, task):
+    return check_images(model, task, CPU)
 
 
 def test_a_model_is_its_own_like(model, images):
     found = fidelity(model.sparse(), model.sparse(), images)
-    assert (found.agreement, found.divergence) == (100, 0)
+    assert (found.agreement, found.divergence, found.lost_confidence, found.predicted_drop) == (100, 0, 0, 0)
 
 
 def test_the_figures_are_the_formulas(model, images):
@@ -36,14 +44,17 @@ def test_the_figures_are_the_formulas(model, images):
     found, best = fidelity(model.sparse(), quantized, images, batch_size=7), p.argmax(1)
     assert found.agreement == pytest.approx(100 * (best == q.argmax(1)).double().mean().item(), abs=0.01)
     assert found.divergence == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4)
+    lost = [max(0, a[c].item() - b[c].item()) for a, b, c in zip(p, q, best, strict=True)]
+    assert found.lost_confidence == pytest.approx(sum(lost) / len(lost), rel=1e-6)
+    assert found.predicted_drop == pytest.approx(100 * found.lost_confidence**2)
 
 
-def test_images_to_check_with_are_whole_right_and_the_same_every_time(model, images):
+def test_images_to_check_with_are_whole_right_and_the_same_every_time(model, task, images, tmp_path):
     assert images.positions.shape == (32, 64)
     with torch.no_grad():
         found = model.sparse()(images.patches, images.positions).logits.argmax(1)
     assert (found == images.labels).float().mean() > 0.9
-    assert torch.equal(images.patches, check_images(model, 32, CPU).patches)
+    assert torch.equal(images.patches, check_images(model, replace(task, check_pool=tmp_path), CPU).patches)
 
 
 def test_it_ranks_widths_as_the_accuracy_does(model, images):
@@ -68,8 +79,8 @@ def massive(path, factor=1000.0):
 
 
 def test_a_massive_activation_is_not_passed_over_in_silence(tmp_path, capsys):
-    flags = ["--mode", "2", "--output", str(tmp_path / "out"), *massive(tmp_path / "weights.safetensors")]
-    report = test_quant.main([*flags, "--check_images", "32"])
+    flags = ["--mode", "2", "--output", str(tmp_path / "out"), "--datapool", str(tmp_path)]
+    report = test_quant.main([*flags, *massive(tmp_path / "weights.safetensors")])
     assert report["fp"]["top1"] == pytest.approx(99.44, abs=0.01)
     assert report["quant"]["top1"] < 90
     assert report["check"]["agreement"] < 90
@@ -83,13 +94,16 @@ def test_a_massive_activation_is_not_passed_over_in_silence(tmp_path, capsys):
     assert "Without labels" in page and report["check"]["costliest"][0] in page
 
 
-def test_a_good_model_is_not_warned_of_and_nothing_is_checked_unasked(tmp_path, capsys):
-    flags = ["--mode", "2", "--val_limit", "40", "--output", str(tmp_path / "out")]
-    report = test_quant.main([*flags, "--check_images", "32"])
-    assert report["check"]["images"] == 32
-    assert report["check"]["agreement"] >= 96
-    assert "warning" not in capsys.readouterr().out
-    assert "check" not in test_quant.main(flags)
+def test_a_good_model_is_not_warned_of_and_its_images_are_kept(tmp_path, capsys):
+    where = ["--output", str(tmp_path / "out"), "--datapool", str(tmp_path / "pool")]
+    flags = ["--mode", "2", "--val_limit", "40", *where]
+    first, again = test_quant.main(flags)["check"], test_quant.main([*flags, "--w_bit", "7"])["check"]
+    assert first["images"] == again["images"] == 32
+    assert first["agreement"] >= 96
+    printed = capsys.readouterr()
+    assert "warning" not in printed.out
+    assert len(list((tmp_path / "pool").glob("*/batches/*.json"))) == 1
+    assert "check" not in test_quant.main([*flags, "--check_images", "0"])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def quant_parser(description: str) -> Parser:
     add = parser.add_argument
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
-    about = "hold the quantized model against its original on N other inverted images, without labels"
+    about = "other inverted images to hold the quantized model against its original on; 0: none"
     add("--check_images", type=natural, default=QuantTask.check_images, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
     add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")
@@ -44,6 +44,7 @@ def quant_task(args: argparse.Namespace) -> QuantTask:
         num_images=args.num_images or args.calib_batchsize,
         quantization=from_flags(QuantConfig, args, batch_size=args.calib_batchsize, seed=args.seed),
         check_images=args.check_images,
+        check_pool=args.datapool,
         sensitivity=args.sensitivity,
         save=args.save,
         export=args.export,

@@ -8,6 +8,7 @@ with other data can be added to it by further runs. OUTPUT gets label_free.json 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.utils.data import Subset
 from models import SparseViT
 from models.registry import short_name
 from quant import OBSERVERS, quantize
-from quant.fidelity import fidelity
+from quant.fidelity import Fidelity, fidelity
 from scripts.compare import Bench, Cell, cells_of, quant_grid_parser
 from scripts.comparison import Rows
 from utils.data import loader
@@ -31,7 +32,7 @@ from utils.errors import run_main
 from utils.evaluation import evaluate
 from utils.files import writable_folder, write_json
 from utils.pictures import save_figure
-from utils.quant_task import check_images
+from utils.quant_task import CHECK, SMOOTH, SUSPECT, check_images
 from utils.report import table
 
 
@@ -43,27 +44,34 @@ def with_observers(cells: Sequence[Cell], observers: Sequence[str]) -> list[Cell
     ]
 
 
-def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows) -> None:
-    """A row for each cell; those that differ in observer and width alone are evaluated in one pass over the data."""
-    full = top1_of_halves(bench, {"full": bench.vit})["full"]
-    seen = check_images(bench.model, cells[0].task.check_images or 32, bench.device)
+def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows, check: Mapping[str, object]) -> None:
+    """What each cell of one model loses, and what `check` finds; those of one method are evaluated in one pass."""
+    seen = check_images(bench.model, cells[0].task, bench.device)
     for (seed, method), group in itertools.groupby(cells, key=lambda cell: (cell.task.run.seed, cell.method)):
-        keys = {(cell.width, cell.task.quantization.observer): cell.task.settings() | bench.facts for cell in group}
-        missing = {name for name, key in keys.items() if rows.find(key) is None}
-        if missing:
-            print(f"== {bench.model.name}, {method.name}, seed {seed}, {len(missing)} models", flush=True)
-            of_method = [cell for cell in cells if (cell.task.run.seed, cell.method) == (seed, method)]
-            images, _ = bench.images(of_method[0].task)
-            models = {}
-            for cell in of_method:
-                name = cell.width, cell.task.quantization.observer
-                if name in missing:
-                    models[name] = quantize(bench.vit, images, cell.task.quantization)
-            for name, top1 in top1_of_halves(bench, models).items():
-                row = {"model": short_name(bench.model.name), "images": method.name, "seed": seed, "width": name[0]}
-                drops = [whole - half for whole, half in zip(full, top1, strict=True)]
-                row |= {"observer": name[1], "drop": statistics.fmean(drops), "drops_of_halves": drops}
-                rows.add(keys[name], row | asdict(fidelity(bench.vit, models[name], seen)))
+        group = list(group)
+        keys = [cell.task.settings() | bench.facts for cell in group]
+        unmeasured = [i for i, key in enumerate(keys) if rows.find(key) is None]
+        unchecked = [i for i, key in enumerate(keys) if rows.find(key | check) is None]
+        if not unmeasured and not unchecked:
+            continue
+        print(f"== {bench.model.name}, {method.name}, seed {seed}, {len(group)} models", flush=True)
+        images, _ = bench.images(group[0].task)
+        models = {i: quantize(bench.vit, images, group[i].task.quantization) for i in {*unmeasured, *unchecked}}
+        for i in unchecked:
+            rows.add(keys[i] | check, asdict(fidelity(bench.vit, models[i], seen)))
+        top1 = top1_of_halves(bench, {i: models[i] for i in unmeasured} | {"full": bench.vit}) if unmeasured else {}
+        for i in unmeasured:
+            what = {"model": short_name(bench.model.name), "images": method.name, "seed": seed, "width": group[i].width}
+            drops = [whole - half for whole, half in zip(top1["full"], top1[i], strict=True)]
+            what |= {"observer": group[i].task.quantization.observer}
+            rows.add(keys[i], what | {"drop": statistics.fmean(drops), "drops_of_halves": drops})
+
+
+def joined(rows: Rows, check: Mapping[str, object]) -> list[dict]:
+    """What every cell on disk loses, beside what `check` found."""
+    checked = [row for row in rows.rows if check.items() <= row["cell"].items()]
+    cells = [{key: value for key, value in row["cell"].items() if key not in check} for row in checked]
+    return [rows.find(cell) | row for cell, row in zip(cells, checked, strict=True)]
 
 
 def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[object, list[float]]:
@@ -76,31 +84,44 @@ def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[obj
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """Rank correlations with the true loss, for each model and for all: of both figures, and between the halves."""
+    """Rank correlations with the true loss and between the halves, and how far off the predicted loss is, in points."""
     names = list(dict.fromkeys(row["model"] for row in rows))
     groups = {name: [row for row in rows if row["model"] == name] for name in names} | {"all": list(rows)}
     found = []
     for name, group in groups.items():
         drops = [row["drop"] for row in group]
-        ranks = {
-            "divergence": spearmanr(drops, [row["divergence"] for row in group])[0],
+        off = [abs(predicted(row) - row["drop"]) for row in group]
+        small = [o for o, row in zip(off, group, strict=True) if predicted(row) < SUSPECT]
+        figures = {
+            **{key: spearmanr(drops, [row[key] for row in group])[0] for key in ("lost_confidence", "divergence")},
             "agreement": spearmanr(drops, [-row["agreement"] for row in group])[0],
             "halves": spearmanr(*zip(*(row["drops_of_halves"] for row in group), strict=True))[0],
+            "off, median": statistics.median(off),
+            "most": max(off),
+            f"most below {SUSPECT:g}": max(small, default=math.nan),
         }
-        found.append({"model": name, "rows": len(group), **{key: round(float(rho), 3) for key, rho in ranks.items()}})
+        found.append({"model": name, "rows": len(group), **{key: round(float(v), 3) for key, v in figures.items()}})
     return found
 
 
+def predicted(row: Mapping[str, float]) -> float:
+    """The loss of top-1 that a run foretells, in points."""
+    return Fidelity(row["agreement"], row["divergence"], row["lost_confidence"]).predicted_drop
+
+
 def save_picture(path: Path, rows: Sequence[dict]) -> None:
-    """The divergence against the true loss."""
+    """The lost confidence against the true loss, and what is predicted."""
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     axes = figure.add_subplot()
     names, observers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "observer"))
     for (mark, name), (color, observer) in itertools.product(zip("ox^s", names, strict=False), enumerate(observers)):
         mine = [row for row in rows if (row["model"], row["observer"]) == (name, observer)]
-        places = [row["divergence"] for row in mine], [row["drop"] for row in mine]
+        places = [row["lost_confidence"] for row in mine], [row["drop"] for row in mine]
         axes.scatter(*places, marker=mark, s=18, color=f"C{color}", label=f"{name}, {observer}", linewidth=0.8)
-    axes.set(xlabel="divergence without labels, nats", ylabel="top-1 lost, points", xscale="log")
+    line = [share / 100 for share in range(1, 101)]
+    foretold = [Fidelity(0, 0, share).predicted_drop for share in line]
+    axes.plot(line, foretold, color="0.5", linewidth=1, label="foretold")
+    axes.set(xlabel="lost confidence without labels", ylabel="top-1 lost, points", xscale="log")
     axes.set_yscale("symlog", linthresh=1)
     axes.legend(fontsize=7)
     save_figure(path, figure)
@@ -113,11 +134,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args, others = parser.parse_known_args(argv)
     cells = with_observers(cells_of(args, others), args.observers)
     output = writable_folder(args.output, "--output")
-    rows = Rows(output)
+    rows, check = Rows(output), {"check_images": cells[0].task.check_images, **CHECK, "smooth": SMOOTH}
     for _, of_model in itertools.groupby(cells, key=lambda cell: cell.task.model):
         of_model = list(of_model)
-        add_rows(Bench(of_model[0].task), of_model, rows)
-    found = [row for row in rows.rows if "drop" in row]
+        add_rows(Bench(of_model[0].task), of_model, rows, check)
+    found = joined(rows, check)
     lines = summary(found)
     write_json(output / "label_free.json", {"summary": lines, "rows": found})
     save_picture(output / "label_free.png", found)
