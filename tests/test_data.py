@@ -110,7 +110,7 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
     (tmp_path / "val" / "dog" / "1.JPEG").write_bytes(b"\xff\xd8 cut off")
     dataset = split_of(tmp_path)
     with pytest.raises(UserError, match=r"dog/1\.JPEG"):
-        list(loader(dataset, 2, workers))
+        list(loader(dataset, 2, workers, (3, 32, 32)))
 
 
 def test_subsets_are_drawn_by_seed():
