@@ -14,6 +14,8 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.lazy import torch
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of how many a Linux container may compute, or `max`."""
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -109,7 +111,7 @@ def usable_cpus() -> int:
     """CPUs that this process may use: those that it is bound to, and no more than its control group has time for."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        quota, period = map(int, CPU_QUOTA.read_text().split())
     except (OSError, ValueError):  # there is no such group, or its quota is "max"
         return bound
     return min(bound, math.ceil(quota / period))

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 import warnings
+from _signal import SIG_IGN, SIGINT, getsignal, signal
 
-# Nothing else is imported up here: Ctrl-C has to be in hand within milliseconds.
+# Ctrl-C has to be in hand within milliseconds: nothing else is imported up here, and of `signal` its part in C alone.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,12 +44,12 @@ def exit_on_interrupt(name: str) -> None:
     Args:
         name: the script's `__name__`; nothing happens where it is imported by another program.
     """
-    if name not in ("__main__", "__mp_main__") or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    if name not in ("__main__", "__mp_main__") or getsignal(SIGINT) == SIG_IGN:
         return
     outermost = os.getpid() if name == "__main__" and os.environ.get("RANK", "0") == "0" else None
-    signal.signal(signal.SIGINT, lambda *_: _interrupt(outermost))
+    signal(SIGINT, lambda *_: _interrupt(outermost))
     # The last thing that runs: the interpreter then takes handlers down, and has nothing left to lose.
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    atexit.register(signal, SIGINT, SIG_IGN)
 
 
 _ending = False

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Interrupt programs (Ctrl-C) at many moments of their first seconds: each has to end with one line and code 130.
 
-Every moment is a run of its own; all processes of it get the signal, as from a terminal. Before Python has come to the
-first line of a program nothing of it can answer: those moments are counted apart, as are those after its end. OUTPUT
-gets interrupts.json; exit code 1 if any other moment ended otherwise.
+Every moment is a run of its own; all processes of it get the signal, as from a terminal. Before Python has started and
+read the first lines of a program nothing of it can answer: those moments are counted apart, as are those after its end.
+OUTPUT gets interrupts.json; exit code 1 if any other moment ended otherwise.
 """
 
 from __future__ import annotations
@@ -48,12 +48,16 @@ PROGRAMS = {
     "scripts/studies/missing_patches.py": ["--patches", "64", "32", "16", "--reconstruct", "--output", "out"],
 }
 """What runs long enough; `data` and `model.onnx` are made by `things`."""
-BEFORE, AFTER = "before its first line", "after its end"
+BEFORE, AFTER = "before its handler", "after its end"
+FIRST_LINES = "import exit_on_interrupt", "import signal"
+"""By which a program has its handler."""
 RIGHT = "one line, 130"
 
 
 def things(folder: Path, programs: Sequence[str]) -> None:
     """What the programs are given: an image folder of digits, and an exported model."""
+    if not {"test_quant.py, workers", "scripts/run_onnx.py"} & set(programs):
+        return
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -97,12 +101,17 @@ def interrupted(program: str, folder: Path, moment: float, twice: float | None =
 
 def outcome(process: subprocess.Popen, script: str) -> str:
     """How a program ended: by its exit code and what it said besides bars of progress."""
-    errors = process.communicate(timeout=120)[1].decode()
+    try:
+        errors = process.communicate(timeout=60)[1].decode()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        errors = process.communicate()[1].decode()
     lines = [line for line in errors.split("\n") if line and "\r" not in line]
     if process.returncode == 130 and len(lines) == 1 and lines[0].startswith("interrupted"):
         return RIGHT
-    # Python has no handler yet, or is looking for its packages.
-    if process.returncode == -signal.SIGINT and (not lines or script not in errors):
+    # Python has no handler yet; or it looks for its packages, and may even go on after that; or reads our first lines.
+    early = script not in errors or any(line in errors for line in FIRST_LINES)
+    if ("KeyboardInterrupt" in errors and early) or (process.returncode == -signal.SIGINT and not lines):
         return BEFORE
     if process.returncode == 0 and not lines:
         return AFTER
