@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import test_quant
 from scripts.studies import interrupts
 from tests.conftest import ROOT
 from utils.errors import UserError, UserNote, run_main
@@ -147,6 +148,12 @@ def test_what_libraries_say_does_not_stand_above_an_error(capsys):
         raise UserError("wrong")
 
     assert failing(main, capsys) == "error: wrong"
+
+
+def test_a_pickle_that_torch_warns_of_is_refused_in_one_line(tmp_path, capsys):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "old.pth", pickle_protocol=4)
+    flags = ["--model_path", str(tmp_path / "old.pth"), "--output", str(tmp_path / "out")]
+    assert "old.pth" in failing(lambda: test_quant.main(flags), capsys)
 
 
 def test_what_libraries_say_comes_at_the_end_of_a_run(capsys):
