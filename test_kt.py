@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 from pathlib import Path
 
-from utils.errors import run_main
 from utils.flags import transfer_parser, transfer_task
 from utils.ranks import process_group
 from utils.report import duration, table
-from utils.transfer_task import transfer_report
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the task and return the report."""
-    task = transfer_task(transfer_parser(__doc__).parse_args(argv))
+    args = transfer_parser(__doc__).parse_args(argv)
+    from utils.transfer_task import transfer_report
+
+    task = transfer_task(args)
     with process_group(task.run.device, task.run.gpu) as device:
         report = transfer_report(task, device, tell=print)
         print_summary(report, task.folder)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 from pathlib import Path
 
-from utils.errors import run_main
 from utils.flags import quant_parser, quant_task
-from utils.quant_task import quant_report
 from utils.ranks import process_group
 from utils.report import duration, table
 
@@ -17,7 +19,10 @@ AGREEMENT = 99.5
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the task and return the report."""
-    task = quant_task(quant_parser(__doc__).parse_args(argv))
+    args = quant_parser(__doc__).parse_args(argv)
+    from utils.quant_task import quant_report
+
+    task = quant_task(args)
     with process_group(task.run.device, task.run.gpu) as device:
         report = quant_report(task, device)
         print_summary(report, task.folder)

@@ -4,41 +4,20 @@
 of `PRIORS`, `STRATEGIES`, `IMPORTANCES`, `INITS` or `PROJECTIONS`.
 """
 
-from inversion.config import DEFAULT_WEIGHTS, InversionConfig
-from inversion.engine import InvertedBatch, Inverter, Progress, Snapshot, StageStart
-from inversion.importance import IMPORTANCES
-from inversion.inits import INITS
-from inversion.pool import ImagePool
-from inversion.presets import PRESETS, configured
-from inversion.priors import PRIORS, Context, Loss, LossInputs, Option, Prior, Term
-from inversion.projections import PROJECTIONS
-from inversion.strategies import STRATEGIES
-from inversion.synthesis import SynthesisReport, invert, synthesis_report, synthesize
+from utils.lazy import exports
 
-__all__ = [
-    "DEFAULT_WEIGHTS",
-    "IMPORTANCES",
-    "INITS",
-    "PRESETS",
-    "PRIORS",
-    "PROJECTIONS",
-    "STRATEGIES",
-    "Context",
-    "ImagePool",
-    "InversionConfig",
-    "InvertedBatch",
-    "Inverter",
-    "Loss",
-    "LossInputs",
-    "Option",
-    "Prior",
-    "Progress",
-    "Snapshot",
-    "StageStart",
-    "SynthesisReport",
-    "Term",
-    "configured",
-    "invert",
-    "synthesis_report",
-    "synthesize",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "inversion.config": ("DEFAULT_WEIGHTS", "InversionConfig"),
+        "inversion.engine": ("InvertedBatch", "Inverter", "Progress", "Snapshot", "StageStart"),
+        "inversion.importance": ("IMPORTANCES",),
+        "inversion.inits": ("INITS",),
+        "inversion.pool": ("ImagePool",),
+        "inversion.presets": ("PRESETS", "configured"),
+        "inversion.priors": ("PRIORS", "Context", "Loss", "LossInputs", "Option", "Prior", "Term"),
+        "inversion.projections": ("PROJECTIONS",),
+        "inversion.strategies": ("STRATEGIES",),
+        "inversion.synthesis": ("SynthesisReport", "invert", "synthesis_report", "synthesize"),
+    },
+)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from utils.lazy import F, torch
 
-from inversion.canvas import PatchCanvas
-from models import SparseViT
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Importance = Callable[[SparseViT, PatchCanvas, Tensor], Tensor]
+    from inversion.canvas import PatchCanvas
+    from models import SparseViT
+
+    Importance = Callable[[SparseViT, PatchCanvas, Tensor], Tensor]
 
 
 def class_attention(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Generator, Tensor
+from utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 GREY = 0.9
 """Share of pink noise's variance that the channels have in common."""

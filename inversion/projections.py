@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
-from inversion.canvas import PatchCanvas
 from utils.errors import UserError
+from utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inversion.canvas import PatchCanvas
 
 
 class Projection(Protocol):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from inversion.schedule import Stage, stages_of
 from utils.errors import UserError
+from utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Strategy(Protocol):

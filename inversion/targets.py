@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
+from utils.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_targets(targets: tuple[str, ...]) -> None:

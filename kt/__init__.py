@@ -4,19 +4,14 @@
 format. `AUGMENTATIONS` are the changes of images that it can be fed.
 """
 
-from kt.augment import AUGMENTATIONS, augmented
-from kt.distill import DistillConfig, Distilled, Distiller, distill, distillation_loss
-from kt.student import StudentConfig, load_student, save_student
+from utils.lazy import exports
 
-__all__ = [
-    "AUGMENTATIONS",
-    "DistillConfig",
-    "Distilled",
-    "Distiller",
-    "StudentConfig",
-    "augmented",
-    "distill",
-    "distillation_loss",
-    "load_student",
-    "save_student",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "kt.augment": ("AUGMENTATIONS", "augmented"),
+        "kt.config": ("DistillConfig", "StudentConfig"),
+        "kt.distillation": ("Distilled", "Distiller", "distill", "distillation_loss"),
+        "kt.student": ("load_student", "save_student"),
+    },
+)

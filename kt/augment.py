@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-
-import torch
-from torch import Generator
+from typing import TYPE_CHECKING
 
 from models import PatchGrid, SparseImages
+from utils.lazy import torch
 
-Augmentation = Callable[[SparseImages, PatchGrid, Generator], SparseImages]
+if TYPE_CHECKING:
+    from torch import Generator
+
+    Augmentation = Callable[[SparseImages, PatchGrid, Generator], SparseImages]
 
 
 def flip(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:

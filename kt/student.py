@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from timm.models import save_for_hf
 from torch import nn
 
+from kt.config import StudentConfig
 from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
-from models.registry import NAMED_MODELS, WEIGHTS_DIR
-from utils.cli import setting
+from models.config import NAMED_MODELS, WEIGHTS_DIR
 from utils.errors import UserError
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Which student, from which weights, and what of it learns. Raises `UserError` for what does not go together."""
-
-    name: str | None = setting(None, "architecture of the student; default the teacher's", "--student", metavar="NAME")
-    path: str | None = setting(None, "its backbone weights, file or folder", "--student_path", metavar="PATH")
-    init: str = setting("pretrained", "where its weights start", "--student_init", choices=("pretrained", "scratch"))
-    finetune: str = setting("linear", "what learns: the new head, or everything", choices=("linear", "full"))
-    key: str | None = setting(
-        None, "which of several models in the file of --student_path", "--student_weights_key", metavar="KEY"
-    )
-
-    def __post_init__(self) -> None:
-        if self.init not in ("pretrained", "scratch") or self.finetune not in ("linear", "full"):
-            raise UserError("a student is pretrained or scratch, and linear or full")
-        if self.init == "scratch" and self.path is not None:
-            raise UserError("--student_init scratch starts from random weights; leave out --student_path")
-        if self.init == "scratch" and self.finetune == "linear":
-            raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
 
 
 def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:

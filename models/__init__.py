@@ -1,18 +1,14 @@
 """Vision Transformers: loading them by name, and running them on a subset of their patches."""
 
-from models.packed import pack_blocks
-from models.patches import PatchGrid, SparseImages
-from models.registry import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
-from models.sparse_vit import SparseViT, ViTOutput
+from utils.lazy import exports
 
-__all__ = [
-    "DEFAULT_MODEL",
-    "LoadedModel",
-    "ModelConfig",
-    "PatchGrid",
-    "SparseImages",
-    "SparseViT",
-    "ViTOutput",
-    "load_model",
-    "pack_blocks",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "models.config": ("DEFAULT_MODEL", "ModelConfig"),
+        "models.packed": ("pack_blocks",),
+        "models.patches": ("PatchGrid", "SparseImages"),
+        "models.registry": ("LoadedModel", "load_model"),
+        "models.sparse_vit": ("SparseViT", "ViTOutput"),
+    },
+)

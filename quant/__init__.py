@@ -4,19 +4,14 @@
 `load_quantized` keep it. `OBSERVERS` are the ways to choose ranges.
 """
 
-from quant.calibration import calibrate, fitting, quantize
-from quant.config import QuantConfig, check_bits
-from quant.observers import OBSERVERS
-from quant.storage import load_quantized, require_own_folder, save_quantized
+from utils.lazy import exports
 
-__all__ = [
-    "OBSERVERS",
-    "QuantConfig",
-    "calibrate",
-    "check_bits",
-    "fitting",
-    "load_quantized",
-    "quantize",
-    "require_own_folder",
-    "save_quantized",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "quant.calibration": ("calibrate", "fitting", "quantize"),
+        "quant.config": ("QuantConfig", "check_bits"),
+        "quant.observers": ("OBSERVERS",),
+        "quant.storage": ("load_quantized", "require_own_folder", "save_quantized"),
+    },
+)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from utils.lazy import torch
 from utils.ranks import highest, lowest, total
 
-EPS = torch.finfo(torch.float32).eps
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EPS = 2.0**-23
+"""Of float32."""
 
 
 class Observer(Protocol):

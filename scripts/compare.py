@@ -7,22 +7,25 @@ OUTPUT/rows.jsonl and not computed again. OUTPUT gets results.csv, summary.json,
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from torch import Tensor
-
-from inversion import SynthesisReport
-from models import SparseImages, SparseViT, load_model
-from models.registry import short_name
-from quant import check_bits, fitting, quantize
+from models.config import short_name
+from quant import check_bits
 from scripts.comparison import (
     REFUSED,
     VARIES,
@@ -37,15 +40,16 @@ from scripts.comparison import (
     write_results,
 )
 from utils.cli import Parser
-from utils.data import evaluation_loader
 from utils.device import device_name, pick_device, versions
-from utils.errors import run_main
-from utils.evaluation import evaluate
 from utils.files import writable_folder
 from utils.flags import quant_parser, quant_task
-from utils.images import Inverted, Synthesis, images_at_hand
-from utils.pictures import save_images
-from utils.quant_task import QuantTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inversion import SynthesisReport
+    from models import SparseImages, SparseViT
+    from utils.quant_task import QuantTask
 
 ONE_MODEL = dict.fromkeys(("--export", "--save", "--sensitivity"), "is for one model; give it to test_quant.py")
 QUANT_REFUSED = {**REFUSED, "--w_bit": VARIES, "--a_bit": VARIES, **ONE_MODEL}
@@ -98,6 +102,9 @@ class Bench:
     """A model with its data, ready to be quantized as cells say."""
 
     def __init__(self, task: QuantTask) -> None:
+        from models import load_model
+        from utils import evaluation_loader
+
         self.device = pick_device(task.run.device, task.run.gpu)
         self.model = load_model(task.model)
         self.data = evaluation_loader(self.model, task.data)
@@ -107,6 +114,9 @@ class Bench:
 
     def images(self, task: QuantTask) -> tuple[SparseImages, SynthesisReport]:
         """What the task is calibrated with, and what it cost."""
+        from inversion import SynthesisReport
+        from utils.images import Inverted, Synthesis, images_at_hand
+
         if isinstance(task.images, Inverted):
             log = task.folder / "synthesis.jsonl"
             synthesis = Synthesis(self.model, task.images, self.device, log, progress=task.run.progress)
@@ -117,10 +127,14 @@ class Bench:
 
     def evaluated(self, models: Mapping[str, SparseViT], progress: bool = False) -> dict[str, dict[str, float]]:
         """`evaluate` on the bench's data."""
+        from utils import evaluate
+
         return evaluate(models, self.data, self.device, progress=progress)
 
     def quantized(self, cells: Sequence[Cell]) -> dict[str, list[SparseViT]]:
         """The quantized models of cells of one width, by method, in the order of the seeds."""
+        from quant import quantize
+
         models: dict[str, list[SparseViT]] = {}
         for cell in cells:
             images, _ = self.images(cell.task)
@@ -135,6 +149,9 @@ class Bench:
 
     def run(self, cells: Sequence[Cell], rows: Rows) -> list[dict]:
         """The rows of cells that differ in their width alone, evaluated in one pass over the data."""
+        from quant import fitting, quantize
+        from utils.pictures import save_images
+
         method, task = cells[0].method, cells[0].task
         configs = {cell.width: fitting(self.vit, cell.task.quantization) for cell in cells}
         keys = {cell.width: {**cell.task.settings(), **self.facts} for cell in cells}
@@ -170,7 +187,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 pictures.setdefault(name, {})[method.name] = shown_images(bench.model, images)
         print(f"{name}: full precision {bench.full_precision(rows):.2f} on {len(bench.data.dataset)} images")
     summary = means(found, ("model", "method", "width"))
-    dtypes = {cell.task.images.config.dtype for cell in cells if isinstance(cell.task.images, Inverted)}
+    dtypes = {cell.task.images.config.dtype for cell in cells if cell.method.prior is not None}
     facts = {"device": device_name(bench.device), "dtype": "".join(dtypes) or "float32"}
     facts |= {"versions": versions(), "command": args.command}
     write_results(output, "Calibration images compared", found, summary, "width", pictures, facts)

@@ -8,19 +8,22 @@ accuracy.png, images.png and report.html.
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from torch import Tensor
-
-from inversion import ImagePool, SynthesisReport
-from models import ModelConfig, load_model
-from models.registry import short_name
+from models.config import short_name
 from scripts.comparison import (
     REFUSED,
     VARIES,
@@ -37,10 +40,14 @@ from scripts.comparison import (
 )
 from utils.cli import Parser
 from utils.device import device_name, pick_device, versions
-from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.flags import transfer_parser, transfer_task
-from utils.transfer_task import TransferTask, transfer_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import ModelConfig
+    from utils.transfer_task import TransferTask
 
 STUDENTS = {
     "linear": ["--student_init", "pretrained", "--finetune", "linear"],
@@ -88,6 +95,9 @@ def cells_of(args: argparse.Namespace, others: Sequence[str]) -> list[Cell]:
 
 def row_of(cell: Cell) -> dict:
     """The outcome of a cell's run."""
+    from inversion import SynthesisReport
+    from utils.transfer_task import transfer_report
+
     print(f"== {cell.task.model.name}, {cell.method.name}, {cell.student}, seed {cell.task.run.seed}", flush=True)
     report = transfer_report(cell.task, tell=print)
     print(f"top-1 {report['student']['best_top1']:.2f}, teacher {report['teacher']['top1']:.2f}", flush=True)
@@ -121,6 +131,9 @@ def with_known_costs(rows: list[dict]) -> list[dict]:
 
 def pool_images(rows: list[dict], model: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """The first images of every method's first pool of a model: see `save_images`."""
+    from inversion import ImagePool
+    from models import load_model
+
     found, teacher = {}, load_model(model)
     for row in rows:
         if row["model"] == model.name and row["pool"] and row["method"] not in found:

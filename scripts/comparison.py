@@ -11,20 +11,22 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-
-from inversion import PRIORS, STRATEGIES, SynthesisReport
-from models import DEFAULT_MODEL, LoadedModel, SparseImages
-from models.registry import short_name
+from inversion import PRIORS, STRATEGIES
+from models import DEFAULT_MODEL
+from models.config import short_name
 from utils.cli import Parser, natural
 from utils.errors import UserError
 from utils.files import append_json_line, atomic, read_json_lines, write_json
-from utils.pictures import save_figure
+from utils.lazy import torch
 from utils.report import accuracy, by_method, duration, table
-from utils.report_page import write_comparison_page
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inversion import SynthesisReport
+    from models import LoadedModel, SparseImages
 
 BASELINES = {"real": 2, "gaussian": 1}
 UNSCHEDULED = ("dense", "pri")
@@ -207,6 +209,8 @@ def write_results(
     `results.csv` (a line a cell), `summary.json` (means), `accuracy.png`, `images.png` for the first model of
     `pictures` and `images-MODEL.png` for others (see `save_images`), `environment.json` (`facts`) and `report.html`.
     """
+    from utils.report_page import write_comparison_page
+
     flat = [{key: value for key, value in row.items() if key != "cell"} for row in rows]
     names = list(dict.fromkeys(key for row in flat for key in row))
     with atomic(output / "results.csv") as partial, open(partial, "w", newline="") as file:
@@ -223,6 +227,10 @@ def write_results(
 
 def save_accuracy(path: Path, summary: Sequence[dict], column: str) -> None:
     """Top-1 against seconds of synthesis, a panel for each model and value of `column`; baselines are lines."""
+    from matplotlib.figure import Figure
+
+    from utils.pictures import save_figure
+
     panels = list(dict.fromkeys((row["model"], row[column]) for row in summary))
     figure = Figure(figsize=(4.6 * len(panels) + 1, 4), layout="constrained")
     strategies = list(dict.fromkeys(row["strategy"] for row in summary if row["prior"]))
@@ -259,6 +267,10 @@ def save_images(path: Path, shown: Mapping[str, tuple[Tensor, Tensor]], columns:
         shown: for each method images (B, 3, H, W) in [0, 1] and their labels (B,).
         columns: at most so many labels, those that the most methods have.
     """
+    from matplotlib.figure import Figure
+
+    from utils.pictures import save_figure
+
     counts = torch.zeros(1 + max(int(labels.max()) for _, labels in shown.values()), dtype=torch.long)
     for _, labels in shown.values():
         counts[labels.unique()] += 1

@@ -3,10 +3,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+
+def interrupt(*_: object) -> None:
+    """Ctrl-C is one line and code 130, whatever is going on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.write(2, b"interrupted\n")
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, interrupt)
+
 import argparse
 import contextlib
 import json
-import sys
 import warnings
 
 try:

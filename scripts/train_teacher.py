@@ -11,38 +11,39 @@ A run that was stopped goes on from its last finished epoch when the same comman
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import argparse
 import math
-import sys
 import time
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from timm.layers import PatchDropout
-from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
-from tqdm import tqdm
-
-from models import ModelConfig, load_model
-from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
-from utils.checkpoint import Checkpoint
-from utils.classes import Labels
+from models.config import DEFAULT_MODEL, NAMED_MODELS, ModelConfig
 from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
-from utils.data import DataConfig, Reading, limited, load_split, loader, tell_transparent
+from utils.config import DataConfig, Reading
 from utils.device import pick_device, pick_dtype, seed_all, versions
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import writable_folder, write_json
-from utils.image_files import listing, subfolders
+from utils.lazy import torch
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import v2
+
+    from models.registry import Preprocessing
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 EVAL_BATCH_SIZE = 200
@@ -93,7 +94,7 @@ class TrainConfig(Reading):
     dtype: str = setting("auto", "number format of matrix products", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "seed of weights, order and augmentation", type=natural)
-    num_workers: int = setting(4, "processes that load images", type=natural)
+    num_workers: int = setting(4, "processes that load images, at most one a usable CPU", type=natural)
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
 
     def __post_init__(self) -> None:
@@ -136,6 +137,8 @@ def implied_data(model: str, dataset: str | None) -> str:
 
 def count_classes(data: str, dataset: str | None) -> int:
     """How many classes the data has. Raises `UserError` where it is not told or not there."""
+    from utils.image_files import subfolders
+
     if dataset is None and data != "digits":
         what = "an image folder with train/ and val/ or test/" if data == "folder" else f"the root of {data}"
         raise UserError(f"--dataset DIR is missing: {what}")
@@ -152,6 +155,8 @@ def count_classes(data: str, dataset: str | None) -> int:
 
 def train_transform(preprocessing: Preprocessing, data: str, crop_padding: int | None, flip: bool) -> v2.Compose:
     """PIL image -> normalized tensor: the evaluation transform, its centre crop replaced by random changes."""
+    from torchvision.transforms import v2
+
     resize, _, *to_normalized = preprocessing.eval_transform().transforms
     size = preprocessing.input_size[1:]
     padding = min(size) // 16 if crop_padding is None else crop_padding
@@ -172,6 +177,12 @@ def load_data(
 
     The order of the training folders becomes the model's: as text, as torchvision has it, unless the flag says else.
     """
+    from torch.utils.data import DataLoader
+
+    from utils.classes import Labels
+    from utils.data import limited, load_split, loader
+    from utils.image_files import listing
+
     kind = None if config.data == "folder" else config.data
     augment = train_transform(preprocessing, config.data, config.crop_padding, config.flip)
     data = DataConfig(config.dataset, class_order=config.class_order or "text", background=config.background)
@@ -180,11 +191,13 @@ def load_data(
     missing = [train.classes[number] for number in sorted(set(train.targets) - set(test.targets))]
     if missing:
         raise UserError(f"--dataset {config.dataset} has no test images of {listing(missing)}, which train/ has")
-    plain = loader(train, config.batch_size, config.num_workers)
+    workers, image_size = config.num_workers, preprocessing.input_size
+    plain = loader(train, config.batch_size, workers, image_size)
     shuffled = DataLoader(
         train, config.batch_size, shuffle=True, num_workers=plain.num_workers, pin_memory=plain.pin_memory
     )
-    return shuffled, loader(limited(test, config.val_limit), EVAL_BATCH_SIZE, config.num_workers), list(train.classes)
+    limited_test = limited(test, config.val_limit)
+    return shuffled, loader(limited_test, EVAL_BATCH_SIZE, workers, image_size), list(train.classes)
 
 
 def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -201,6 +214,9 @@ class Trainer:
     """A model in training: AdamW under a cosine schedule with warm-up, stepped once per batch."""
 
     def __init__(self, vit: VisionTransformer, train: DataLoader, config: TrainConfig) -> None:
+        from timm.layers import PatchDropout
+        from timm.scheduler import CosineLRScheduler
+
         self.device = pick_device(config.device)
         self.dtype = getattr(torch, pick_dtype(config.dtype, self.device))
         self.vit = vit.requires_grad_(True).to(self.device)
@@ -208,7 +224,7 @@ class Trainer:
         self.noise, self.patch_drop = config.noise, config.patch_drop
         if self.patch_drop:
             vit.patch_drop = PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.loss = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         groups = parameter_groups(vit, config.lr, config.head_lr or config.lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.scheduler = CosineLRScheduler(
@@ -229,6 +245,10 @@ class Trainer:
 
     def _train_epoch(self) -> float:
         """One pass over the training images; the mean loss of an image. Raises `UserError` where it diverges."""
+        from tqdm import tqdm
+
+        from utils.data import tell_transparent
+
         self.vit.train()
         epoch, total, seen = len(self.history), 0.0, 0
         bar = tqdm(self.train, f"epoch {epoch + 1}", leave=False, dynamic_ncols=True)
@@ -259,11 +279,13 @@ class Trainer:
         strength = self.noise * torch.rand(len(images), 1, 1, 1)
         return images + strength * torch.randn(images.shape)
 
-    @torch.inference_mode()
     def evaluate(self, test: DataLoader) -> float:
         """Top-1 accuracy in percent."""
+        from utils.data import tell_transparent
+
         self.vit.eval()
-        correct = sum((self._logits(images).argmax(1).cpu() == labels).sum().item() for images, labels in test)
+        with torch.inference_mode():
+            correct = sum((self._logits(images).argmax(1).cpu() == labels).sum().item() for images, labels in test)
         tell_transparent(test.dataset)
         return round(100 * correct / len(test.dataset), 2)
 
@@ -295,6 +317,8 @@ class Trainer:
 
 def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
+    from timm.models import save_for_hf
+
     if config.init == "scratch":  # nothing is left of the weights that this licence is for
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
     names = {"label_names": labels}
@@ -305,6 +329,9 @@ def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, f
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate after each epoch, save."""
     config = parse_arguments(argv)
+    from models import load_model
+    from utils.checkpoint import Checkpoint
+
     classes = count_classes(config.data, config.dataset)
     folder = writable_folder(config.output, "--output")
     checkpoint = Checkpoint(folder, config.settings(), made_by_run="model.safetensors")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Who imports whom: `python tests/import_graph.py` prints every module with what it imports, the highest first.
 
-Imports inside functions count as well. A module stands one floor above the highest one that it imports.
+Imports inside functions count as well, and so do the modules that a package names in `exports`. A module stands one
+floor above the highest one that it imports.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def imported(file: Path, known) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "exports":
+            names |= {home.value for home in node.args[1].keys}
     parts = ({name, name.rpartition(".")[0]} for name in names)
     return {max(found, key=len) for part in parts if (found := part & set(known))}
 

@@ -1,14 +1,22 @@
 """Data sets: layouts, splits, and what is wrong with a path."""
 
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import utils.data
+import utils.device
 from utils.classes import Labels, names_of
 from utils.data import DataConfig, Digits, limited, load_split, loader, random_subset
-from utils.errors import UserError
+from utils.device import shared_memory_bytes, usable_cpus
+from utils.errors import UserError, UserNote
 
 
 def split_of(root, split="test", kind=None, classes=3):
@@ -49,8 +57,6 @@ def test_imagenet_layout_is_an_image_folder(tmp_path):
     ("kind", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)]
 )
 def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, kind, folder, classes):
-    import utils.data
-
     (tmp_path / folder).mkdir()
     calls = []
 
@@ -110,7 +116,51 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
     (tmp_path / "val" / "dog" / "1.JPEG").write_bytes(b"\xff\xd8 cut off")
     dataset = split_of(tmp_path)
     with pytest.raises(UserError, match=r"dog/1\.JPEG"):
-        list(loader(dataset, 2, workers))
+        list(loader(dataset, 2, workers, (3, 32, 32)))
+
+
+def test_workers_are_no_more_than_the_cpus_that_may_be_used(tmp_path, monkeypatch):
+    image_folder(tmp_path)
+    dataset = split_of(tmp_path)
+    monkeypatch.setattr(utils.data, "usable_cpus", lambda: 2)
+    assert loader(dataset, 2, 4, (3, 32, 32)).num_workers == 2
+    assert loader(dataset, 2, 1, (3, 32, 32)).num_workers == 1
+    assert loader(Digits("test", pil_to_tensor), 2, 4, (3, 32, 32)).num_workers == 0
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("max 100000", 3), ("150000 100000", 2), ("50000 100000", 1)])
+def test_usable_cpus_are_those_that_the_process_is_bound_to_and_has_time_on(quota, cpus, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(utils.device, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
+    assert usable_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("free", "workers", "said"),
+    [(2**40, 4, None), (9 * 24576, 4, None), (9 * 24576 - 1, 3, "3 processes"), (24576, 0, "no processes")],
+)
+def test_little_shared_memory_takes_fewer_workers_and_says_so(tmp_path, monkeypatch, recwarn, free, workers, said):
+    """A batch is 2 images of 3 * 32 * 32 numbers of 4 bytes; four workers have two each on their way, one is used."""
+    image_folder(tmp_path)
+    monkeypatch.setattr(utils.data, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = loader(split_of(tmp_path), 2, 4, (3, 32, 32))
+    assert found.num_workers == workers
+    assert found.dataset.transparent.is_shared() == bool(workers)
+    notes = [str(warning.message) for warning in recwarn if warning.category is UserNote]
+    assert len(notes) == (said is not None)
+    assert all(said in note and "--shm-size" in note for note in notes)
+
+
+def test_no_shared_memory_at_all_is_none_that_is_free(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", missing)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert shared_memory_bytes() == 0
 
 
 def test_subsets_are_drawn_by_seed():

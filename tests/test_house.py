@@ -50,6 +50,7 @@ def test_the_graph_has_what_it_is_read_for():
     assert {"utils.images", "inversion", "quant"} <= GRAPH["utils.quant_task"] | {"utils.images"}
     assert "models" in GRAPH["inversion.engine"]
     assert "quant.onnx_graph" in GRAPH["quant.export"]  # inside a function
+    assert "inversion.engine" in GRAPH["inversion"]  # when it is asked for
 
 
 def test_a_namespace_goes_no_further_than_parsing():

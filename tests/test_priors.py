@@ -10,11 +10,12 @@ from torch import nn
 
 from inversion import PRIORS, ImagePool, InversionConfig, Inverter, synthesize
 from inversion.canvas import Jitter, PatchCanvas
+from inversion.entropy import GRID_POINTS, entropy
 from inversion.priors import CrossEntropy, Loss, LossInputs, Prior, Term
 from inversion.priors.adversarial import disagreement
 from inversion.priors.cmi import contrast, unit
 from inversion.priors.deepinversion import load_cnn
-from inversion.priors.psaq import GRID_POINTS, TargetedVariation, entropy, pair_cosines
+from inversion.priors.psaq import TargetedVariation, pair_cosines
 from inversion.targets import distributions
 from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
 from tests.conftest import tiny_model

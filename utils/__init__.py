@@ -5,23 +5,18 @@
 `transfer_report` run.
 """
 
-import importlib
+from utils.lazy import exports
 
 # Modules of the other packages import this one's lower floor, so the upper floor is imported when it is asked for.
-_HOMES = {
-    "utils.data": ("DataConfig", "evaluation_loader"),
-    "utils.errors": ("UserError",),
-    "utils.evaluation": ("evaluate",),
-    "utils.images": ("Inverted", "Noise", "Real", "Stored", "calibration_images"),
-    "utils.quant_task": ("QuantTask", "quant_report"),
-    "utils.task": ("RunConfig",),
-    "utils.transfer_task": ("TransferTask", "transfer_report"),
-}
-__all__ = sorted(name for names in _HOMES.values() for name in names)
-
-
-def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(home), name)
-    raise AttributeError(f"module 'utils' has no attribute '{name}'")
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "utils.config": ("DataConfig", "RunConfig"),
+        "utils.data": ("evaluation_loader",),
+        "utils.errors": ("UserError",),
+        "utils.evaluation": ("evaluate",),
+        "utils.images": ("Inverted", "Noise", "Real", "Stored", "calibration_images"),
+        "utils.quant_task": ("QuantTask", "quant_report"),
+        "utils.transfer_task": ("TransferTask", "transfer_report"),
+    },
+)

@@ -13,8 +13,6 @@ from models import LoadedModel
 from utils.errors import UserError
 from utils.image_files import listing
 
-ORDERS = ("text", "numeric")
-
 # torchvision's data sets have them in their files alone.
 NAMES = {
     "digits": "0 1 2 3 4 5 6 7 8 9",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,55 +14,19 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from models import LoadedModel
-from utils.classes import ORDERS, Labels, class_numbers, labels_of, names_of
-from utils.cli import natural, positive, setting
+from utils.classes import Labels, class_numbers, labels_of, names_of
+from utils.config import Colour, DataConfig
+from utils.device import shared_memory_bytes, usable_cpus
 from utils.errors import UserError, UserNote
 from utils.image_files import (
     ENDINGS,
     WHITE,
-    Colour,
-    checked_colour,
-    colour,
     image_paths,
     listing,
     read_image,
     subfolders,
 )
 from utils.ranks import highest, rank, ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How image folders are read. Raises `UserError` for an order or a colour that is none."""
-
-    class_order: str | None = setting(
-        None, "the folders, sorted so, are the model's classes; default: found out", choices=ORDERS
-    )
-    background: Colour | None = setting(
-        None, "what is behind transparency, 0 to 255 each; default white", type=colour, metavar="R,G,B"
-    )
-
-    def __post_init__(self) -> None:
-        if self.class_order not in (None, *ORDERS):
-            raise UserError(f"class_order {self.class_order} is none of {', '.join(ORDERS)}")
-        if self.background is not None:
-            checked_colour(self.background)
-
-    def reading(self) -> dict[str, object]:
-        """What was asked for, by the names of the flags."""
-        asked = {"class_order": self.class_order, "background": self.background}
-        return {name: value for name, value in asked.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class DataConfig(Reading):
-    """What a model is evaluated on, and how it is read."""
-
-    dataset: str | None = setting(None, "data: image folder or CIFAR; the bundled model needs none", metavar="DIR")
-    val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
-    val_batchsize: int = setting(200, "images per evaluation batch", "--val-batchsize", type=positive)
-    num_workers: int = setting(4, "processes that load images", "--num-workers", type=natural)
-
 
 CIFAR = {"cifar10": (CIFAR10, "cifar-10-batches-py"), "cifar100": (CIFAR100, "cifar-100-python")}
 SPLITS = {"train": ("train",), "test": ("val", "test")}
@@ -111,8 +74,8 @@ class ImageFiles(Dataset):
     ) -> None:
         self.files, self.targets = [path for path, _ in files], [label for _, label in files]
         self.classes, self.transform, self.background = list(classes), transform, background or WHITE
-        self.transparent = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
-        """1 for each image that was read, by any process, and had transparency."""
+        self.transparent = torch.zeros(len(files), dtype=torch.uint8)
+        """1 for each image that was read, by any process (`loader` shares it), and had transparency."""
         self.told = False
 
     def __len__(self) -> int:
@@ -186,7 +149,8 @@ def evaluation_set(model: LoadedModel, config: DataConfig) -> Dataset:
 
 def evaluation_loader(model: LoadedModel, config: DataConfig) -> DataLoader:
     """Batches of normalized images (B, C, H, W) and labels (B,), for `evaluate`. Raises as `load_split` does."""
-    return loader(limited(evaluation_set(model, config), config.val_limit), config.val_batchsize, config.num_workers)
+    found = limited(evaluation_set(model, config), config.val_limit)
+    return loader(found, config.val_batchsize, config.num_workers, model.preprocessing.input_size)
 
 
 def random_subset(dataset: Dataset, count: int, seed: int) -> Subset:
@@ -202,15 +166,40 @@ def limited(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset if limit is None or limit >= len(dataset) else random_subset(dataset, limit, seed=0)
 
 
-def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """A loader of this rank's share, in the data set's own order; sets in memory are read without worker processes."""
+def loader(dataset: Dataset, batch_size: int, workers: int, image_size: Sequence[int]) -> DataLoader:
+    """A loader of this rank's share, in the data set's own order.
+
+    Args:
+        dataset: of images and labels; sets in memory are read without worker processes.
+        batch_size: images.
+        workers: processes at most; there is one for each CPU that may be used, and no more than can hand over their
+            batches in shared memory, which is said.
+        image_size: (C, H, W) of the images.
+    """
     if ranks() > 1:
         dataset = Subset(dataset, range(rank(), len(dataset), ranks()))
     base = dataset
     while isinstance(base, Subset):
         base = base.dataset
-    workers = 0 if isinstance(base, Digits) else min(workers, os.cpu_count() or 1)
+    workers = 0 if isinstance(base, Digits) else min(workers, usable_cpus())
+    if workers:
+        workers = _sharing(workers, 4 * math.prod(image_size) * min(batch_size, len(dataset)))
+    if workers and isinstance(base, ImageFiles):
+        base.transparent.share_memory_()
     return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+def _sharing(workers: int, batch_bytes: int) -> int:
+    """As many of the workers as can share their batches: two of each are on their way, and one is being used."""
+    free = shared_memory_bytes() / ranks()
+    if (2 * workers + 1) * batch_bytes <= free:
+        return workers
+    fewer = max(0, int(free / batch_bytes - 1) // 2)
+    if rank() == 0:
+        text = f"{free / 1e6:.0f} MB of shared memory are free, so {fewer or 'no'} processes load images instead of"
+        text = f"{text} {workers}; have more (docker run --shm-size) or smaller batches"
+        warnings.warn(UserNote(text), stacklevel=3)
+    return fewer
 
 
 def tell_transparent(data: Dataset | None, shared_on: torch.device | None = None) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import random
-import resource
+import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import timm
-import torch
-import torchvision
-
 from utils.errors import UserError
+from utils.lazy import torch
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of how many a Linux container may compute, or `max`."""
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -61,6 +60,8 @@ def keep_freed_memory() -> None:
 
 def seed_all(seed: int) -> None:
     """Seed Python, numpy and torch."""
+    import numpy as np
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -95,6 +96,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory in use so far: allocated on the GPU, or resident in this process (weights and libraries included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none, and is told so by `run_main`
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -104,8 +107,32 @@ def physical_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use: those that it is bound to, and no more than its control group has time for."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # there is no such group, or its quota is "max"
+        return bound
+    return min(bound, math.ceil(quota / period))
+
+
+def shared_memory_bytes() -> float:
+    """What is free of the memory that processes can share; infinite where the system has no limit for it."""
+    if sys.platform != "linux":
+        return math.inf
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
+
+
 def versions() -> dict[str, str]:
     """What a number depends on besides the code."""
+    import numpy as np
+    import timm
+    import torchvision
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

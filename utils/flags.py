@@ -1,8 +1,12 @@
-"""The command lines of both tasks, and the tasks that they stand for. A `Namespace` goes no further than this file."""
+"""The command lines of both tasks, and the tasks that they stand for. A `Namespace` goes no further than this file.
+
+A command line is read, explained or refused before torch is imported; a task needs it.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from inversion import PRESETS, PRIORS, InversionConfig, configured
 from inversion.priors import options, terms
@@ -10,13 +14,14 @@ from kt import DistillConfig, StudentConfig
 from models import ModelConfig
 from quant import QuantConfig
 from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive
-from utils.data import DataConfig
+from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype
 from utils.errors import UserError
-from utils.images import Inverted, Noise, Real, Source, Stored
-from utils.quant_task import QuantTask
-from utils.task import RunConfig
-from utils.transfer_task import TransferTask
+
+if TYPE_CHECKING:
+    from utils.images import Source
+    from utils.quant_task import QuantTask
+    from utils.transfer_task import TransferTask
 
 
 def quant_parser(description: str) -> Parser:
@@ -28,7 +33,7 @@ def quant_parser(description: str) -> Parser:
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
     add("--num_images", type=positive, help="calibration images; default one batch")
     about = "other inverted images to hold the quantized model against its original on; 0: none"
-    add("--check_images", type=natural, default=QuantTask.check_images, metavar="N", help=about)
+    add("--check_images", type=natural, default=32, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
     add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")
     add("--save", metavar="DIR", help="write the quantized model, to be read by quant.load_quantized(DIR)")
@@ -38,6 +43,8 @@ def quant_parser(description: str) -> Parser:
 
 def quant_task(args: argparse.Namespace) -> QuantTask:
     """What the flags of `quant_parser` ask for. Raises `UserError` where they make no sense."""
+    from utils.quant_task import QuantTask
+
     return QuantTask(
         **common_configs(args),
         images=source(args, inversion_config(args, args.calib_batchsize)),
@@ -67,6 +74,8 @@ def transfer_parser(description: str) -> Parser:
 
 def transfer_task(args: argparse.Namespace) -> TransferTask:
     """What the flags of `transfer_parser` ask for. Raises `UserError` where they make no sense."""
+    from utils.transfer_task import TransferTask
+
     return TransferTask(
         **common_configs(args),
         images=source(args, inversion_config(args, args.inversion_batchsize, student="the student of the run")),
@@ -126,6 +135,8 @@ def inversion_config(args: argparse.Namespace, batch_size: int, student: str | N
 
 def source(args: argparse.Namespace, config: InversionConfig) -> Source:
     """The images that `--images` or `--mode` ask for. Raises `UserError` where both do."""
+    from utils.images import Inverted, Noise, Real, Stored
+
     if args.images is not None:
         if args.mode:
             raise UserError("--images are images that you have and --mode asks for others; leave one of them out")

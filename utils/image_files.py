@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from utils.config import Colour
 from utils.errors import UserError
-
-Colour = tuple[int, int, int]
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif")
 LEFT_BEHIND = {
@@ -28,21 +26,6 @@ MOST_STRETCHED = 100
 """How many times longer than the other a side may be: resizing by the shorter side makes the longer one long."""
 SCALES = {"1": 255, "L;2": 85, "L;4": 17}
 """What a step of grey is in 8 bits, by Pillow's name of the PNG's layout."""
-
-
-def colour(text: str) -> Colour:
-    """argparse type: R,G,B, each 0 to 255."""
-    try:
-        return checked_colour([int(part) for part in text.split(",")])
-    except (ValueError, UserError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not R,G,B with numbers from 0 to 255") from None
-
-
-def checked_colour(value: Sequence[int]) -> Colour:
-    """The colour. Raises `UserError` unless it is three integers from 0 to 255."""
-    if len(value) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in value):
-        raise UserError(f"background {value} is not three integers from 0 to 255")
-    return tuple(value)
 
 
 def listing(names: Sequence[str], most: int = 3) -> str:

@@ -13,10 +13,10 @@ from inversion import ImagePool, InversionConfig, SynthesisReport, synthesis_rep
 from inversion.events import require_tensorboard
 from models import LoadedModel, SparseImages
 from utils.classes import labels_of
-from utils.data import DataConfig, load_split, random_subset, tell_transparent, unlabelled_files
+from utils.config import Colour, DataConfig
+from utils.data import load_split, random_subset, tell_transparent, unlabelled_files
 from utils.device import physical_memory_bytes, pick_device
 from utils.errors import UserError
-from utils.image_files import Colour
 from utils.pictures import LossCurve
 from utils.ranks import rank_zero_first
 

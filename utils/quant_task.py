@@ -88,7 +88,8 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     if task.export:
         export.require_export(task.export, model)
     test_set = evaluation_set(model, task.data)
-    data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
+    chosen, image_size = limited(test_set, task.data.val_limit), model.preprocessing.input_size
+    data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
 
     images, synthesis, curve = _calibration(task, model, device, output)
     vit = model.sparse(device)

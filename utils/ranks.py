@@ -6,12 +6,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from utils.device import pick_device
+from utils.lazy import dist, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rank() -> int:

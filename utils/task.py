@@ -8,27 +8,11 @@ from pathlib import Path
 import torch
 
 from models import ModelConfig
-from utils.cli import by_flag, natural, setting
-from utils.data import DataConfig
+from utils.cli import by_flag
+from utils.config import DataConfig, RunConfig
 from utils.device import device_name, versions
 from utils.files import writable_folder
 from utils.images import Inverted, Source, Stored
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a task runs and where its outcome goes; only `seed` changes numbers.
-
-    `progress`: show progress bars on stderr. `command`: as typed, for the report.
-    """
-
-    output: str | None = setting(None, "where report and pictures go; default runs/ and the task's name", metavar="DIR")
-    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    gpu: int = setting(0, "number of the CUDA GPU", type=natural)
-    seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=natural)
-    tensorboard: bool = setting(False, "write the course of the inversion to OUTPUT/tensorboard")
-    progress: bool = False
-    command: str | None = None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def transfer_report(
     output = task.folder
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
     test_set = evaluation_set(teacher, task.data)
-    data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
+    chosen, image_size = limited(test_set, task.data.val_limit), teacher.preprocessing.input_size
+    data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
     student = load_student(teacher, task.student)
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Prior, Term, precise
+from utils.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Disagreement(Loss):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from utils.lazy import torch
 
-from inversion.canvas import Jitter, PatchCanvas
-from models import LoadedModel, SparseImages, SparseViT, ViTOutput
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inversion.canvas import Jitter, PatchCanvas
+    from models import LoadedModel, SparseImages, SparseViT, ViTOutput
 
 
 def precise(x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ class LossInputs:
         """The jittered image (B, C, H, W), zeros where patches have stopped."""
         # Positions are mirrored already, the pixels inside a patch are not.
         flip = self.jitter.flip
-        if isinstance(flip, Tensor):
+        if isinstance(flip, torch.Tensor):
             patches = torch.where(flip.bool(), self.patches.flip(-1), self.patches)
         else:
             patches = self.patches.flip(-1) if flip else self.patches

@@ -7,14 +7,16 @@ on top of the features; here they are taken as they are.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from inversion.canvas import Jitter
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
-from models import SparseImages
 from utils.cli import natural, rate
+from utils.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import SparseImages
 
 
 class Contrast(Loss):
@@ -30,23 +32,22 @@ class Contrast(Loss):
         self.runs = (self.vit,)
         self.bank: Tensor | None = None
 
-    @torch.no_grad()
     def begin(self, earlier: SparseImages | None, generator: torch.Generator) -> None:
         self.bank = None
         if earlier is not None and len(earlier) and self.size:
             device, dtype = self.vit.device, self.vit.patch_proj.weight.dtype
-            parts = [
-                self.vit(batch.patches.to(device, dtype), batch.positions.to(device)).features
-                for batch in earlier.last(self.size).batches(64)
-            ]
-            self.bank = unit(torch.cat(parts))
+            with torch.no_grad():
+                parts = [
+                    self.vit(batch.patches.to(device, dtype), batch.positions.to(device)).features
+                    for batch in earlier.last(self.size).batches(64)
+                ]
+                self.bank = unit(torch.cat(parts))
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        jitter = inputs.jitter
-        mirrored = (
-            (1 - jitter.flip if isinstance(jitter.flip, Tensor) else not jitter.flip) if self.flip else jitter.flip
-        )
-        view = Jitter(-jitter.dy, -jitter.dx, mirrored)
+        jitter, mirrored = inputs.jitter, inputs.jitter.flip
+        if self.flip:
+            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
+        view = jitter._replace(dy=-jitter.dy, dx=-jitter.dx, flip=mirrored)
         windows = inputs.canvas.windows(view, inputs.patches.dtype)
         other = self.vit(windows, inputs.canvas.jittered_positions(view), mirrored=mirrored)
         return contrast(unit(inputs.output.features), unit(other.features), self.bank, self.temperature)

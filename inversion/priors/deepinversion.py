@@ -7,16 +7,14 @@ is given beside the teacher: a Vision Transformer has no batch norm.
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
-from inversion.total_variation import total_variation
-from models.weights import read_weights
 from utils.errors import UserError
+from utils.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIRST_LAYER = 10.0
@@ -35,6 +33,8 @@ class TotalVariationL1(Loss):
     """Sum of the means of the four absolute neighbour differences, over pairs in kept patches."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        from inversion.total_variation import total_variation
+
         return total_variation(inputs.canvas, 1)
 
 
@@ -42,6 +42,8 @@ class TotalVariationL2(Loss):
     """Sum of the Frobenius norms of the four neighbour differences over the batch (R_TV), in kept patches."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        from inversion.total_variation import total_variation
+
         return total_variation(inputs.canvas, 2)
 
 
@@ -65,7 +67,7 @@ class BatchNormStatistics(Loss):
     def __init__(self, context: Context) -> None:
         source = str(context.options["bn_source"])
         self.cnn = load_cnn(source).to(context.device, context.dtype).eval().requires_grad_(False)
-        self.norms = [module for module in self.cnn.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.norms = [module for module in self.cnn.modules() if isinstance(module, torch.nn.BatchNorm2d)]
         if not self.norms:
             raise UserError(f"--bn_source {source} has no BatchNorm2d layer; give a CNN such as resnet50")
         self.seen: list[Tensor] = []
@@ -95,6 +97,10 @@ def load_cnn(source: str) -> nn.Module:
     Raises:
         UserError: an unknown name, a download that fails, or weights that do not fit.
     """
+    import torchvision
+
+    from models.weights import read_weights
+
     name, _, file = source.partition("=")
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"--bn_source {name} is not a classifier of torchvision; give for instance resnet50")

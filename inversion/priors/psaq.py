@@ -8,18 +8,17 @@ total variation to a level that was drawn for the batch (its code does so, with 
 from __future__ import annotations
 
 import math
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
-from inversion.total_variation import total_variation
-from models import SparseImages
 from utils.cli import rate
+from utils.lazy import F, torch
 
-GRID_POINTS = 41
-"""Where the density is evaluated, over the whole range of a cosine."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import SparseImages
+
 TV_RANGE = 2500.0, 3000.0
 """Levels of the total variation, of the published 32 images of 224 pixels."""
 TV_VALUES = 32 * 3 * 224 * 224
@@ -38,6 +37,8 @@ class PatchSimilarityEntropy(Loss):
         self.bandwidth = float(context.options["psaq_bandwidth"])
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        from inversion.entropy import entropy
+
         return -sum(entropy(pair_cosines(precise(x)), self.bandwidth).mean() for x in inputs.output.attended)
 
 
@@ -52,6 +53,8 @@ class TargetedVariation(Loss):
         self.target = low + (high - low) * torch.rand((), generator=generator).item()
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        from inversion.total_variation import total_variation
+
         scale = math.sqrt(inputs.canvas.pixels.numel() / TV_VALUES)
         return (total_variation(inputs.canvas, 2) - scale * self.target).abs()
 
@@ -61,46 +64,6 @@ def pair_cosines(x: Tensor) -> Tensor:
     unit = F.normalize(x, dim=-1)
     rows, cols = torch.triu_indices(x.shape[1], x.shape[1], offset=1, device=x.device)
     return (unit @ unit.transpose(1, 2))[:, rows, cols]
-
-
-def entropy(values: Tensor, bandwidth: float) -> Tensor:
-    """Differential entropy (B,) in nats of values (B, M) in [-1, 1].
-
-    The density is estimated with a Gaussian kernel, f(x) = 1 / (M h) sum_m K((x - v_m) / h), and -f log f integrated
-    over [-1, 1] by the trapezoid rule.
-    """
-    return _Entropy.apply(values, bandwidth)
-
-
-class _Entropy(torch.autograd.Function):
-    """Point by point, so that nothing of M values times points is ever kept; the gradient is made at once."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, bandwidth: float) -> Tensor:
-        points = torch.linspace(-1, 1, GRID_POINTS, dtype=values.dtype).tolist()
-        height = 1 / (bandwidth * math.sqrt(2 * math.pi))
-
-        def kernel(point: float) -> Tensor:
-            # Bounded, for denormal numbers take ten times as long; what lies below adds nothing.
-            return ((values - point) / bandwidth).square_().mul_(-0.5).clamp_(min=-80).exp_()
-
-        density = torch.stack([kernel(point).mean(dim=1) for point in points]) * height
-        density = density.clamp_min(torch.finfo(values.dtype).tiny)
-        step = 2 / (GRID_POINTS - 1)
-        weight = torch.full((GRID_POINTS, 1), step, dtype=values.dtype, device=values.device)
-        weight[0], weight[-1] = step / 2, step / 2
-        log = density.log()
-        # d(-f log f) / df = -(log f + 1), and df(x) / dv = height / M * K * (x - v) / h^2.
-        slopes = -weight * (log + 1) * height / (values.shape[1] * bandwidth**2)
-        grad = torch.zeros_like(values)
-        for point, slope in zip(points, slopes, strict=True):
-            grad += kernel(point).mul_(point - values).mul_(slope[:, None])
-        ctx.save_for_backward(grad)
-        return -(weight * density * log).sum(dim=0)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grad_output[:, None], None
 
 
 PRIOR = Prior(

@@ -6,18 +6,24 @@ Both run in this one process, alternating, on the same model, images and device;
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import copy
 import ctypes
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +37,6 @@ from inversion.targets import distributions
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, versions
-from utils.errors import run_main
 from utils.files import writable_folder, write_json
 from utils.flags import add_device_arguments, add_inversion_arguments, inversion_config
 from utils.report import table

@@ -6,15 +6,20 @@ Prints the operators of one iteration by time, then the iteration with one way l
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from unittest.mock import patch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +31,6 @@ from models import DEFAULT_MODEL, LoadedModel, load_model
 from scripts.bench.bench_inversion import Engine, random_positions, warm_up
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, pick_dtype
-from utils.errors import run_main
 from utils.flags import add_device_arguments
 from utils.report import table
 

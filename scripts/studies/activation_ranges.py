@@ -7,14 +7,20 @@ With --exchange, exchange.json: which places' ranges have to come from real imag
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import copy
 import math
 import statistics
-import sys
 from collections.abc import Collection
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
@@ -25,7 +31,7 @@ from quant.insert import quantizers
 from quant.quantizers import ActivationQuantizer
 from quant.reparameterization import NormSite, norm_sites
 from scripts.compare import Bench, cells_of, quant_grid_parser
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import writable_folder, write_json
 from utils.pictures import save_figure
 from utils.report import table

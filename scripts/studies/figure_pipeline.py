@@ -8,10 +8,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +26,7 @@ from torch import Tensor
 from inversion import ImagePool, Snapshot
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
 from utils.cli import Parser, natural
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import writable_folder
 from utils.pictures import save_figure
 

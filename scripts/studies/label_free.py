@@ -7,15 +7,21 @@ with other data can be added to it by further runs. OUTPUT gets label_free.json 
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -28,7 +34,6 @@ from quant.fidelity import Fidelity, fidelity
 from scripts.compare import Bench, Cell, cells_of, quant_grid_parser
 from scripts.comparison import Rows
 from utils.data import loader
-from utils.errors import run_main
 from utils.evaluation import evaluate
 from utils.files import writable_folder, write_json
 from utils.pictures import save_figure
@@ -78,7 +83,8 @@ def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[obj
     """Top-1 on either half of the test images: what one half says of the other is the most that can be foretold."""
     images = bench.data.dataset
     halves = [Subset(images, range(start, len(images) // 2 * 2, 2)) for start in (0, 1)]
-    loaders = [loader(half, bench.data.batch_size, bench.data.num_workers) for half in halves]
+    size = bench.model.preprocessing.input_size
+    loaders = [loader(half, bench.data.batch_size, bench.data.num_workers, size) for half in halves]
     found = [evaluate(models, half, bench.device) for half in loaders]
     return {name: [half[name]["top1"] for half in found] for name in models}
 

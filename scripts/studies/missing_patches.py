@@ -6,11 +6,17 @@ Inverted images that keep as many patches are to be held against these. OUTPUT g
 
 from __future__ import annotations
 
+import os
 import sys
+
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -19,7 +25,7 @@ from quant import quantize
 from scripts.compare import ONE_MODEL, Bench
 from scripts.comparison import refuse_flags
 from utils.cli import Parser, positive
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import write_json
 from utils.flags import quant_parser, quant_task
 from utils.report import table

@@ -8,18 +8,23 @@
 
 from __future__ import annotations
 
-import string
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, os.path.realpath(f"{__file__}/../../.."))
+
+from utils.errors import exit_on_interrupt, run_main
+
+exit_on_interrupt(__name__)
+
+import string
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from utils.cli import Parser, natural, positive
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import writable_folder
 
 SIZE = 32

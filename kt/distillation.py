@@ -15,42 +15,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kt.augment import AUGMENTATIONS, augmented, drawn
+from kt.augment import augmented, drawn
+from kt.config import DistillConfig
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
-from utils.cli import positive, rate, setting
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
-
-OPTIMIZERS = ("sgd", "adamw")
-LR_SCHEDULES = ("constant", "cosine")
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """How a student learns; the defaults are the published setting. Raises `UserError` for values that cannot be."""
-
-    batch_size: int = setting(32, "images per distillation step, over all ranks", "--kr-batchsize", type=positive)
-    epochs: int = setting(1000, "rounds of synthesis and distillation", "--epoches", "--epochs", type=positive)
-    steps: int = setting(1, "distillation steps per epoch", "--kd_steps", type=positive)
-    eval_every: int = setting(1, "epochs between two evaluations", type=positive)
-    optimizer: str = setting("sgd", "of the student; sgd has momentum 0.9; weight decay is 1e-4", choices=OPTIMIZERS)
-    lr: float = setting(0.1, "learning rate of the student", type=rate)
-    lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
-    temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
-    augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "eval_every", "lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"distillation: {name} {getattr(self, name)} is not a positive number")
-        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
-        chosen = [(name, getattr(self, name), values) for name, values in known.items()]
-        for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
-            if value not in values:
-                raise UserError(f"distillation: {name} {value} is unknown; there are {', '.join(values)}")
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
