@@ -6,11 +6,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.models import save_for_hf
 from torch import nn
 
 from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
-from models.registry import NAMED_MODELS, WEIGHTS_DIR
+from models.registry import NAMED_MODELS, WEIGHTS_DIR, save_local_dir
 from utils.cli import setting
 from utils.errors import UserError
 
@@ -81,14 +80,13 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     else as the teacher's configuration calls them.
     """
     folder, ways = Path(folder).expanduser(), teacher.preprocessing
-    config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
-    config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
+    config = {key: getattr(ways, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
-        save_for_hf(student.vit, partial, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
+        save_local_dir(student, partial, "student", **facts)
         for file in Path(partial).iterdir():
             file.replace(folder / file.name)
 

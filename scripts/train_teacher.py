@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from timm.layers import PatchDropout
-from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from models import ModelConfig, load_model
-from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
+from models import LoadedModel, ModelConfig, load_model
+from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing, save_local_dir
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
 from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
@@ -293,13 +292,13 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
-def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, folder: Path) -> None:
+def save_model(model: LoadedModel, labels: list[str], config: TrainConfig, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
+    vit = model.vit.cpu()
     if config.init == "scratch":  # nothing is left of the weights that this licence is for
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
-    names = {"label_names": labels}
-    model_config = {**names, "pretrained_cfg": {**names, "tag": config.data}}
-    save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "label_names": labels}
+    save_local_dir(model, folder, config.data, label_names=labels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -321,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write(trainer.state_dict())
         last = trainer.history[-1]
         print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
-    save_model(trainer.vit, labels, config, folder)
+    save_model(loaded, labels, config, folder)
     result = {"top1": trainer.history[-1]["top1"], "test_images": len(test.dataset), "train_images": len(train.dataset)}
     arguments = {"arguments": config.settings(), "epochs": trainer.history}
     write_json(folder / "training.json", {**result, **arguments, **versions()})
