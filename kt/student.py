@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from timm.models import save_for_hf
 from torch import nn
 
 from kt.config import StudentConfig
 from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
+from models.registry import save_local_dir
 from utils.errors import UserError
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
@@ -59,14 +59,13 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     else as the teacher's configuration calls them.
     """
     folder, ways = Path(folder).expanduser(), teacher.preprocessing
-    config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
-    config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
+    config = {key: getattr(ways, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
-        save_for_hf(student.vit, partial, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
+        save_local_dir(student, partial, "student", **facts)
         for file in Path(partial).iterdir():
             file.replace(folder / file.name)
 

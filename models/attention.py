@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.device import bfloat16_units
+
 # AMX multiplies bfloat16 in pairs along the summed dimension: an odd token count is slow there, and there only.
-PADDED_MULTIPLE = 2 if torch.cpu.get_capabilities().get("amx_bf16") else 1
+PADDED_MULTIPLE = 2 if "amx_bf16" in bfloat16_units() else 1
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -5,8 +5,10 @@ Formats that are not read are refused by name, with what to do instead.
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -16,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from timm.models._helpers import _torch_load
 from torch import Tensor
 
 from utils.checkpoint import CHECKPOINT
@@ -128,7 +129,8 @@ def _content(path: Path) -> Any:
             if names and all(name.endswith(".npy") for name in names):
                 return _arrays(path)
             _refuse_archive(path, names)
-        return _torch_load(str(path), weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` beside the weights of many a training
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch, numpy, zipfile and safetensors each raise their own kinds
@@ -256,7 +258,9 @@ def _distributed(folder: Path) -> dict[str, Any]:
         about = reader.read_metadata()
         entries = {key: one for key, one in about.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
         tensors = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in entries.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a group of processes, which there is none of
+            dcp.load(tensors, storage_reader=reader)
     except Exception as error:  # pickle and torch each raise their own kinds
         convert = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
         reason = f"{type(error).__name__} {error}".splitlines()[0][:120]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import load_pretrained
+from timm.models import load_pretrained, save_for_hf
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -201,6 +202,20 @@ def bare_model(timm_name: str, args: dict[str, Any]) -> VisionTransformer:
     return vit
 
 
+def save_local_dir(model: LoadedModel, folder: str | Path, tag: str, **facts: object) -> None:
+    """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
+
+    `tag` is what timm's configuration says of where the weights come from.
+    """
+    vit = model.vit
+    # Late versions of timm find these by themselves; all take what they are given.
+    args = {} if model.architecture is None else model.architecture[1]
+    args = {key: args[key] for key in args if key != "norm_eps"} | _sizes(vit)
+    size = {"input_size": (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)}
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **size, "num_classes": vit.num_classes, "tag": tag}
+    save_for_hf(vit, folder, model_config=facts, model_args=args, safe_serialization=True)
+
+
 def _set_norm_eps(vit: VisionTransformer, eps: float) -> None:
     """Replace what layer norms add to the variance, which timm has no argument for."""
     for module in vit.modules():
@@ -234,7 +249,7 @@ def _fetch(vit: VisionTransformer, name: str, to_train: bool, path_flag: str) ->
 
     hook = vit.register_load_state_dict_post_hook(note)
     filter_fn = partial(checkpoint_filter_fn, adapt_layer_scale=True)
-    with _explained(name, path_flag), hook:
+    with _explained(name, path_flag), _tensors_only(), hook:
         load_pretrained(vit, num_classes=vit.num_classes, filter_fn=filter_fn, strict=False)
     require_complete(name, [key for key in missing if not (to_train and key.startswith("head"))], extra)
 
@@ -313,6 +328,18 @@ def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag
     with _explained(name, path_flag):
         args = {**(named.model_args or {}), **args} if named else args
         return timm.create_model(named.timm_name if named else name, pretrained=False, **args)
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """`torch.load` takes no Python objects that could run code, even where timm (up to 1.0.25) asks it to."""
+    force = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(force, "0")
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        os.environ[force] = before
 
 
 @contextmanager

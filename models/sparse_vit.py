@@ -76,7 +76,8 @@ class SparseBlock(nn.Module):
         self.heads, self.scale = attn.num_heads, attn.scale
         self.norm1, self.ls1 = block.norm1, block.ls1
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
-        self.attn_norm, self.gate, self.proj = attn.norm, attn.gate, attn.proj
+        self.attn_norm, self.proj = attn.norm, attn.proj
+        self.gate = getattr(attn, "gate", None)  # late versions of timm have it
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
         self.tap_q, self.tap_k, self.tap_v = nn.Identity(), nn.Identity(), nn.Identity()
         self.tap_scores, self.tap_probs = nn.Identity(), nn.Identity()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models import LoadedModel, SparseViT
 from quant.config import QuantConfig
+from utils.device import multiplies_bytes
 from utils.errors import UserError
 from utils.files import atomic, writable_folder
 
@@ -72,7 +73,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        if not torch.cpu.get_capabilities().get("avx512_vnni"):
+        if not multiplies_bytes():
             # Without it, products of uint8 and int8 are summed in 16 bits on some CPUs, which overflow.
             options.add_session_config_entry("session.x64quantprecision", "1")
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

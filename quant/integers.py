@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models import SparseViT
 from quant.insert import QuantizedLinear, quantized_layers
 from quant.quantizers import ActivationQuantizer
+from utils.device import multiplies_bytes
 
 
 class IntegerLinear(nn.Module):
@@ -45,7 +46,7 @@ def with_integer_products(model: nn.Module) -> nn.Module:
     differ by more than that. Inference only.
     """
     on_cpu = isinstance(model, SparseViT) and model.device.type == "cpu"
-    if not (on_cpu and torch.cpu.get_capabilities().get("avx512_vnni")):
+    if not (on_cpu and multiplies_bytes()):
         return model
     found = [name for name, layer in quantized_layers(model).items() if _integer(layer)]
     if not found:

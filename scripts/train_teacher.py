@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
 
+    from models import LoadedModel
     from models.registry import Preprocessing
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
@@ -315,15 +316,15 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
-def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, folder: Path) -> None:
+def save_model(model: LoadedModel, labels: list[str], config: TrainConfig, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format."""
-    from timm.models import save_for_hf
+    from models.registry import save_local_dir
 
+    vit = model.vit.cpu()
     if config.init == "scratch":  # nothing is left of the weights that this licence is for
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
-    names = {"label_names": labels}
-    model_config = {**names, "pretrained_cfg": {**names, "tag": config.data}}
-    save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "label_names": labels}
+    save_local_dir(model, folder, config.data, label_names=labels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -348,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write(trainer.state_dict())
         last = trainer.history[-1]
         print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
-    save_model(trainer.vit, labels, config, folder)
+    save_model(loaded, labels, config, folder)
     result = {"top1": trainer.history[-1]["top1"], "test_images": len(test.dataset), "train_images": len(train.dataset)}
     arguments = {"arguments": config.settings(), "epochs": trainer.history}
     write_json(folder / "training.json", {**result, **arguments, **versions()})

@@ -34,11 +34,14 @@ def randomize(vit: nn.Module) -> nn.Module:
     return vit.eval()
 
 
+# Arguments that make timm's deit_tiny a small one.
+TINY_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
 def tiny_vit(**kwargs) -> nn.Module:
     """A two-block DeiT on 32x32 images, 16 patches, 5 classes."""
     torch.manual_seed(0)
-    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5} | kwargs
-    return randomize(timm.create_model("deit_tiny_patch16_224", **args))
+    return randomize(timm.create_model("deit_tiny_patch16_224", **TINY_ARGS | kwargs))
 
 
 def tiny_model(**kwargs) -> LoadedModel:
@@ -46,7 +49,7 @@ def tiny_model(**kwargs) -> LoadedModel:
     vit = tiny_vit(**kwargs)
     size = (3, *vit.patch_embed.img_size)
     preprocessing = Preprocessing(size, (0.48, 0.45, 0.41), (0.23, 0.22, 0.21), "bicubic", 1.0, "center")
-    return LoadedModel("tiny", vit, preprocessing, None)
+    return LoadedModel("tiny", vit, preprocessing, None, ("deit_tiny_patch16_224", TINY_ARGS | kwargs))
 
 
 @pytest.fixture

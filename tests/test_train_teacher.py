@@ -116,7 +116,7 @@ def test_named_models_keep_their_preprocessing_and_take_weights_with_another_hea
     assert torch.equal(loaded.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
     args = train_teacher.parse_arguments(["--model", "deit_tiny_16_cifar10", "--output", str(tmp_path)])
     assert (args.data, args.flip) == ("cifar10", True)
-    train_teacher.save_model(loaded.vit, [str(i) for i in range(10)], args, tmp_path / "out")
+    train_teacher.save_model(loaded, [str(i) for i in range(10)], args, tmp_path / "out")
     again = load_model(f"local-dir:{tmp_path / 'out'}")
     assert again.preprocessing == loaded.preprocessing
     assert again.preprocessing.mean == (0.4914, 0.4822, 0.4465)

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.checkpoint
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.deit import _create_deit
@@ -1047,6 +1048,25 @@ def test_a_hub_repository_goes_through_the_same_checks(tmp_path, monkeypatch):
     save_file(vit.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"hf-hub:org/name.*extra"):
         load_model("hf-hub:org/name")
+
+
+def test_a_pickle_that_a_hub_repository_names_does_not_run(tmp_path, monkeypatch):
+    def download(repo_id, filename, **_):
+        if not (tmp_path / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    for module in ("timm.models._hub", "huggingface_hub"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    vit, images = made(), torch.randn(2, 3, 32, 32)
+    local_dir(tmp_path, vit, pretrained_cfg={"hf_hub_filename": "named.bin"})
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(vit.state_dict(), tmp_path / "named.bin")
+    assert torch.equal(load_model("hf-hub:org/name").vit(images), vit(images))
+    torch.save({"head.weight": Evil(tmp_path / "trap")}, tmp_path / "named.bin")
+    with pytest.raises(UserError, match="hf-hub:org/name"):
+        load_model("hf-hub:org/name")
+    assert not (tmp_path / "trap").exists()
 
 
 def test_a_folder_of_transformers_says_how_images_are_read_and_what_classes_are_called(tmp_path):

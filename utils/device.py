@@ -42,9 +42,20 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
-        fast = torch.cpu.get_capabilities()
-        return "bfloat16" if fast.get("avx512_bf16") or fast.get("amx_bf16") else "float32"
+        return "bfloat16" if bfloat16_units() else "float32"
     return "float32"
+
+
+def bfloat16_units() -> list[str]:
+    """Of `avx512_bf16` and `amx_bf16`, those that this CPU has. Where AMX is, it multiplies bfloat16."""
+    # torch.cpu.get_capabilities tells more, in late versions only.
+    has = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+    return [name for name in has if has[name]]
+
+
+def multiplies_bytes() -> bool:
+    """Whether this CPU has VNNI (of AVX512)."""
+    return torch.cpu._is_vnni_supported()
 
 
 def keep_freed_memory() -> None:
@@ -73,9 +84,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return f"{device.type} ({platform.machine()})"
-    fast = torch.cpu.get_capabilities()
-    units = [name for name in ("avx512_bf16", "amx_bf16") if fast.get(name)]
-    return f"{_cpu_name()} ({torch.get_num_threads()} threads, {' and '.join(units) or 'no bfloat16 unit'})"
+    units = " and ".join(bfloat16_units()) or "no bfloat16 unit"
+    return f"{_cpu_name()} ({torch.get_num_threads()} threads, {units})"
 
 
 def _cpu_name() -> str:
