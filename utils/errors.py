@@ -28,6 +28,11 @@ def run_main(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         print("error: " + ("" if rank == "0" else f"rank {rank}: ") + line, file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print("error: there is not enough GPU memory left; lower the batch sizes", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; finished batches are kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None

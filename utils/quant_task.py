@@ -100,7 +100,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
             if rank() == 0:
                 export.export(file, quantized, model, config, test_set.classes)
             models["export"] = export.OnnxModel(file)
-    accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress)
+    accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress, task.run.eager)
 
     report = {
         "task": "quant",
@@ -135,10 +135,10 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     return report
 
 
-def check_images(model: LoadedModel, count: int, device: torch.device) -> SparseImages:
+def check_images(model: LoadedModel, count: int, device: torch.device, eager: bool = False) -> SparseImages:
     """`count` whole images inverted out of the model, the same for every run; no run is calibrated on them."""
     config = configured(batch_size=count, seed=CHECK_SEED, dtype=pick_dtype("auto", device), **CHECK)
-    return Inverter(model, config, device).invert(0).images
+    return Inverter(model, config, device, eager=eager).invert(0).images
 
 
 def _check(
@@ -151,7 +151,7 @@ def _check(
     device: torch.device,
 ) -> dict[str, object]:
     """The `Fidelity` of the quantized model; of a suspect one also the places that cost most, and what to try."""
-    seen = check_images(model, task.check_images, device)
+    seen = check_images(model, task.check_images, device, task.run.eager)
     found = asdict(fidelity(vit, quantized, seen, config.batch_size)) | {"images": len(seen)}
     if found["agreement"] < SUSPECT:
         few = images.at(slice(8 * ranks()))
@@ -180,6 +180,6 @@ def _calibration(
     if not isinstance(task.images, Inverted):
         return images_at_hand(model, task.images, task.num_images, task.run.seed), SynthesisReport(), None
     where = {"log": output / "synthesis.jsonl", "tensorboard": task.events, "progress": task.run.progress}
-    synthesis = Synthesis(model, task.images, device, **where)
+    synthesis = Synthesis(model, task.images, device, **where, eager=task.run.eager)
     images = synthesis.first(task.num_images)
     return images, synthesis.cost(task.num_images), synthesis.course(task.num_images)
