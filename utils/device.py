@@ -145,7 +145,7 @@ def fitting_batch(needs: Callable[[int], int], free: int, most: int) -> int:
         one = needs(1)
         fitting = int(one <= 0.9 * free)
         each = max(needs(2) - one, 1)
-        fitting = int((0.9 * free - one) / each) + 1
+        fitting = int((0.9 * free - one) // each) + 1
     except torch.OutOfMemoryError:
         pass
     return max(0, min(fitting, most))
