@@ -83,21 +83,30 @@ class Neighbours:
 
 
 class PatchCanvas:
-    """Kept patches of a batch: `pixels` (B, n, C, height, width), a float32 leaf, at `positions` (B, n)."""
+    """Kept patches of a batch: `pixels` (B, n, C, height, width), a float32 leaf, at `positions` (B, n).
 
-    def __init__(self, grid: PatchGrid, pixels: Tensor, positions: Tensor) -> None:
-        self.grid = grid
+    `plain`: what is computed of them leaves its gradient to autograd.
+    """
+
+    def __init__(self, grid: PatchGrid, pixels: Tensor, positions: Tensor, plain: bool = False) -> None:
+        self.grid, self.plain = grid, plain
         self.pixels = pixels.detach().requires_grad_(True)
         self.positions = positions
         self.neighbours = Neighbours.of(positions, grid)
 
     @classmethod
     def noise(
-        cls, grid: PatchGrid, batch: int, generator: torch.Generator, device: torch.device, init: str = "white"
+        cls,
+        grid: PatchGrid,
+        batch: int,
+        generator: torch.Generator,
+        device: torch.device,
+        init: str = "white",
+        plain: bool = False,
     ) -> PatchCanvas:
         """Whole images of noise, a key of `INITS`; drawn on the CPU so that a seed means the same on every device."""
         images = INITS[init]((batch, grid.channels, *grid.image_size), generator)
-        return cls(grid, grid.patchify(images).to(device), grid.all_positions(batch, device).contiguous())
+        return cls(grid, grid.patchify(images).to(device), grid.all_positions(batch, device).contiguous(), plain)
 
     def windows(self, jitter: Jitter, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the kept patches read after the roll, before the flip: (B, n, C, height, width) in `dtype`.
@@ -105,6 +114,8 @@ class PatchCanvas:
         A flip is left to the model (`mirrored`), which mirrors its patch projection instead of the pixels.
         """
         shift = split_roll(jitter.dy, self.grid.height)[1], split_roll(jitter.dx, self.grid.width)[1]
+        if self.plain:
+            return _shifted(self.pixels.flatten(0, 1), self.neighbours, shift, dtype).view(self.pixels.shape)
         return _Shifted.apply(self.pixels, self.neighbours, shift, dtype)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:

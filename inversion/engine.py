@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
-from inversion.capture import CapturedStep
+from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import InversionConfig
 from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
 from inversion.priors import Context, LossInputs
 from inversion.projections import Clamp, Projection, parse_projection
 from inversion.schedule import Stage
+from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
-from utils.device import keep_freed_memory
-from utils.errors import UserError
+from utils.device import keep_freed_memory, within_memory
+from utils.errors import UserError, UserNote
 
 REFRESH = 20
 """Iterations between two looks at the loss."""
+COPIES = 2
+"""Of the loss that may be under way: the host is at most (`COPIES` + 1) * `REFRESH` iterations ahead of a device."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Inverter:
         device: where to run.
         student: as it is now; what the adversarial term looks for disagreement with.
         earlier: gives the images of all batches before a numbered one; asked only for terms that need them.
+        eager: no CUDA graph, no packed layer, no gradient written out; the images are the same up to rounding. So it
+            is as well after a note, where any of them computes something else than plain code does.
 
     Raises:
         UserError: something that a term or the ranking of patches needs is absent.
@@ -92,10 +100,12 @@ class Inverter:
         device: torch.device,
         student: LoadedModel | None = None,
         earlier: Callable[[int], SparseImages | None] | None = None,
+        eager: bool = False,
     ) -> None:
-        self.config, self.device = config, device
+        self.model, self.config, self.device, self.student = model, config, device, student
         self.dtype = getattr(torch, config.dtype)
-        self.vit = self._frozen(model)
+        self.recorder = cuda_graphs(device) if device.type == "cuda" and not eager else None
+        self._prepare(plain=eager or verdict(model, device, self.dtype) is False)
         self.strategy = config.strategy_object()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
         if len(self.stages) > 1 and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
@@ -104,17 +114,25 @@ class Inverter:
                 "give --importance all or gradient, or --strategy dense"
             )
         self.earlier = earlier if config.needs("earlier") else None
-        context = Context(model, self.vit, device, self.dtype, config.flip, config.options, student, self._frozen)
-        self.losses = [(weight, term.make(context)) for weight, term in config.active_terms()]
-        self.reads_attended = any(loss.reads_attended for _, loss in self.losses)
         black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
         self.clamp = Clamp(black.to(device), white.to(device))
         self.projections = [p for p in map(parse_projection, config.projections) if p is not None]
 
+    def _prepare(self, plain: bool) -> None:
+        """The model and the terms of the loss, which may run models as well: fast, or by plain code."""
+        self.plain, config = plain, self.config
+        self.vit = self._frozen(self.model)
+        how = self.device, self.dtype, config.flip, config.options, self.student, self._frozen
+        context = Context(self.model, self.vit, *how)
+        self.losses = [(weight, term.make(context)) for weight, term in config.active_terms()]
+        self.reads_attended = any(loss.reads_attended for _, loss in self.losses)
+
     def _frozen(self, model: LoadedModel) -> SparseViT:
         """A copy on the device, in the configured dtype, made fast for gradients to pixels alone."""
         vit = SparseViT(model.vit)
-        if self.device.type == "cpu":
+        if self.plain:
+            vit.plainly()
+        elif self.device.type == "cpu":
             keep_freed_memory()
             pack_blocks(vit, self.dtype)
         return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
@@ -143,12 +161,31 @@ class Inverter:
             on_stage: called at the start of every stage, the first included; may change the pixels in place.
 
         Raises:
-            UserError: the loss is no longer finite, or a target class that the model does not have.
+            UserError: the loss is no longer finite, a target class that the model does not have, or not enough GPU
+                memory.
         """
+        return within_memory(
+            lambda: self._invert(batch_index, on_progress, on_stage),
+            partial(self._one_iteration, batch_index),
+            self.config.batch_size,
+            "--calib-batchsize of test_quant.py, --inversion-batchsize of test_kt.py",
+            self.device,
+            self.images_per_trajectory,
+        )
+
+    def _invert(
+        self,
+        batch_index: int,
+        on_progress: Callable[[Progress], None] | None,
+        on_stage: Callable[[StageStart], None] | None,
+    ) -> InvertedBatch:
         config, generator = self.config, batch_generator(self.config.seed, batch_index)
         labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
-        canvas = PatchCanvas.noise(self.vit.grid, self.trajectories, generator, self.device, config.init)
-        draws = self.on_device(draw_jitters(config.iterations, self.vit.grid, generator, config.flip))
+        canvas = self._noise(self.trajectories, generator)
+        drawn = draw_jitters(config.iterations, self.vit.grid, generator, config.flip)
+        draws = self.on_device(drawn)
+        if not self.plain and verdict(self.model, self.device, self.dtype) is None:
+            canvas = self._checked(canvas, (Jitter(*draws[0]), drawn[0]))
         self.begin(batch_index, generator)
         losses, finished, snapshots = LossLog(config.iterations, self.device), [], []
         targets = distributions(labels, self.vit.num_classes, config.soft_label).to(self.device)
@@ -182,6 +219,27 @@ class Inverter:
         images = SparseImages(pixels, positions, labels.repeat_interleave(len(finished)))
         return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots))
 
+    def _noise(self, trajectories: int, generator: torch.Generator) -> PatchCanvas:
+        return PatchCanvas.noise(self.vit.grid, trajectories, generator, self.device, self.config.init, self.plain)
+
+    def _checked(self, canvas: PatchCanvas, draws: tuple[Jitter, Jitter]) -> PatchCanvas:
+        """The canvas of the first batch; from here on plain code runs if what is fast computes something else."""
+        if fast_paths_agree(self.model, self.vit, canvas, draws):
+            return canvas
+        text = "packed layers or gradients written out do not compute what plain code does here, so plain code runs"
+        warnings.warn(UserNote(f"{text}: slower, and right (as with --eager)"), stacklevel=2)
+        self._prepare(plain=True)
+        return PatchCanvas(canvas.grid, canvas.pixels, canvas.positions, plain=True)
+
+    def _one_iteration(self, batch_index: int, trajectories: int) -> None:
+        """The first iteration of a batch of another size, for what it takes."""
+        generator = batch_generator(self.config.seed, batch_index)
+        canvas = self._noise(trajectories, generator)
+        self.begin(batch_index, generator)
+        targets = distributions(torch.zeros(trajectories, dtype=torch.long), self.vit.num_classes, 0.0)
+        jitter = Jitter(*self.on_device([Jitter(0, 0, False)])[0])
+        self._step(canvas, self.adam(canvas), targets.to(self.device), jitter)
+
     def begin(self, batch_index: int, generator: torch.Generator) -> None:
         """Tell every term that a batch begins; what they draw comes after labels, noise and jitter."""
         earlier = None if self.earlier is None else self.earlier(batch_index)
@@ -200,13 +258,15 @@ class Inverter:
         return steps + self.trajectories * ranked
 
     def on_device(self, draws: list[Jitter]) -> Sequence[Jitter | Tensor]:
-        """Jitters as a `stepper` takes them: on a GPU rows of one tensor, which no iteration has to copy there."""
-        return torch.tensor(draws, device=self.device) if self.device.type == "cuda" else draws
+        """Jitters as a `stepper` takes them: for a recording rows of one tensor, which no iteration has to copy."""
+        return draws if self.recorder is None else torch.tensor(draws, device=self.device)
 
     def stepper(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor) -> Callable[..., Tensor]:
         """One iteration at a stage: takes a jitter of `on_device`, returns the loss, not yet waited for."""
         step = partial(self._step, canvas, optimizer, targets)
-        return CapturedStep(step, self.device) if self.device.type == "cuda" else step
+        if self.recorder is None:
+            return step
+        return CapturedStep(step, lambda: changing(canvas, optimizer), self.dtype, self.recorder)
 
     def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor, jitter: Jitter) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
@@ -240,7 +300,7 @@ class Inverter:
         self, canvas: PatchCanvas, optimizer: torch.optim.Adam, kept: Tensor
     ) -> tuple[PatchCanvas, torch.optim.Adam]:
         """The patches that go on: pixels, positions and optimizer state."""
-        smaller = PatchCanvas(canvas.grid, *canvas.take(kept))
+        smaller = PatchCanvas(canvas.grid, *canvas.take(kept), canvas.plain)
         rows = torch.arange(len(kept), device=kept.device)[:, None]
         state = optimizer.state[canvas.pixels]
         reduced = self.adam(smaller)
@@ -275,6 +335,11 @@ class Inverter:
                     on_progress(Progress(done, loss, stage.patches))
 
 
+def changing(canvas: PatchCanvas, optimizer: torch.optim.Adam) -> list[Tensor]:
+    """Every tensor that changes from iteration to iteration, in place: the pixels first."""
+    return [canvas.pixels, *optimizer.state[canvas.pixels].values(), optimizer.param_groups[0]["lr"]]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give the optimizer a learning rate, in place where it is a tensor."""
     group = optimizer.param_groups[0]
@@ -284,35 +349,78 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class LossLog:
-    """The loss of every iteration, kept on the device and copied to the host in the background."""
+class Event(Protocol):
+    """Something that a device gets to: as `torch.cuda.Event`."""
 
-    def __init__(self, iterations: int, device: torch.device) -> None:
+    def query(self) -> bool:
+        """Whether it has."""
+
+    def synchronize(self) -> None:
+        """Return once it has."""
+
+
+class _Passed:
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def start_copy(target: Tensor, source: Tensor) -> Event:
+    """Copy to the host, on CUDA in the background; the event of its arrival."""
+    if source.device.type != "cuda":
+        target.copy_(source)
+        return _Passed()
+    target.copy_(source, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(source.device))
+    return event
+
+
+class LossLog:
+    """The loss of every iteration, kept on the device and copied to the host in the background.
+
+    Args:
+        iterations: how many.
+        device: where they arise.
+        copy: as `start_copy`.
+    """
+
+    def __init__(
+        self, iterations: int, device: torch.device, copy: Callable[[Tensor, Tensor], Event] = start_copy
+    ) -> None:
         self.device_losses = torch.zeros(iterations, device=device)
-        pinned = device.type == "cuda"
-        self.host_losses = torch.zeros(iterations, pin_memory=pinned)
-        self.seen = 0
+        self.host_losses = torch.zeros(iterations, pin_memory=device.type == "cuda")
+        self.copy = copy
+        self.under_way: deque[tuple[int, Event]] = deque()
+        self.sent = self.arrived = 0
 
     def record(self, iteration: int, loss: Tensor) -> None:
         """Keep the loss of an iteration."""
         self.device_losses[iteration] = loss
 
     def latest(self, done: int, wait: bool) -> float:
-        """The last loss that has arrived, NaN before the first has. Raises `UserError` if one of them is not finite."""
-        if wait or self.device_losses.device.type == "cpu":
-            self.host_losses.copy_(self.device_losses)
-            self.seen = done
-        arrived = self.host_losses[: self.seen]
-        self.host_losses.copy_(self.device_losses, non_blocking=True)
+        """The last loss that has arrived, NaN before the first has. Raises `UserError` if one of them is not finite.
+
+        Args:
+            done: iterations that were started; those since the last call are sent.
+            wait: for all of them. Otherwise for what is more than `COPIES` calls old.
+        """
+        new = slice(self.sent, done)
+        self.under_way.append((done, self.copy(self.host_losses[new], self.device_losses[new])))
+        self.sent = done
+        while self.under_way and (wait or len(self.under_way) > COPIES or self.under_way[0][1].query()):
+            self.arrived, event = self.under_way.popleft()
+            event.synchronize()
+        arrived = self.host_losses[: self.arrived]
         if not torch.isfinite(arrived).all():
             first = int((~torch.isfinite(arrived)).nonzero()[0])
             raise UserError(
                 f"the inversion loss is {arrived[first].item()} at iteration {first}; "
                 "lower --lr_g or the loss weights, or try --dtype float32"
             )
-        loss = arrived[-1].item() if self.seen else float("nan")
-        self.seen = done
-        return loss
+        return arrived[-1].item() if self.arrived else float("nan")
 
     def values(self) -> Tensor:
         """All losses (iterations,), on the CPU."""

@@ -105,8 +105,8 @@ def highest(importance: Tensor, count: int) -> Tensor:
 
 def others(kept: Tensor, count: int) -> Tensor:
     """Indices (B, count - k), ascending, of 0 .. count - 1 that are not among `kept` (B, k)."""
-    free = torch.ones(len(kept), count, dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
-    return free.nonzero()[:, 1].view(len(kept), -1)
+    free = torch.ones(len(kept), count, dtype=torch.uint8, device=kept.device).scatter_(1, kept, 0)
+    return highest(free, count - kept.shape[1])
 
 
 STRATEGIES = {

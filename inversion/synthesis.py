@@ -49,6 +49,7 @@ def invert(
     device: torch.device | str | None = None,
     progress: bool = False,
     on_stage: Callable[[StageStart], None] | None = None,
+    eager: bool = False,
 ) -> ImagePool:
     """Images out of a model (Hu et al., ICML 2024): a pool of at least `count` of them, `pool.read(count)` gives them.
 
@@ -62,6 +63,7 @@ def invert(
         device: where to run; None: a GPU if there is one.
         progress: show a progress bar on stderr.
         on_stage: called at the start of every stage of every batch that is made here; may change the pixels in place.
+        eager: as for `Inverter`.
 
     Raises:
         UserError: the folder cannot be written or another process is filling the pool, the loss is no longer finite, or
@@ -69,7 +71,8 @@ def invert(
     """
     pool = ImagePool(datapool, model, config)
     device = torch.device(device) if device is not None else pick_device("auto")
-    synthesize(pool, config.batch_size if count is None else count, device, progress=progress, on_stage=on_stage)
+    how = {"progress": progress, "on_stage": on_stage, "eager": eager}
+    synthesize(pool, config.batch_size if count is None else count, device, **how)
     return pool
 
 
@@ -82,6 +85,7 @@ def synthesize(
     student: LoadedModel | None = None,
     on_stage: Callable[[StageStart], None] | None = None,
     tensorboard: Path | None = None,
+    eager: bool = False,
 ) -> SynthesisReport:
     """Make sure that `pool` holds its first `count` images; finished batches are taken as they are.
 
@@ -97,6 +101,7 @@ def synthesize(
         student: for the adversarial loss.
         on_stage: called at the start of every stage of every batch that is made here.
         tensorboard: a folder for loss and patches in TensorBoard's format.
+        eager: as for `Inverter`.
 
     Raises:
         UserError: another process is filling the pool, the loss is no longer finite, or more ranks than batches.
@@ -105,7 +110,7 @@ def synthesize(
     config = pool.config
     if config.needs("earlier") and ranks() > 1:
         raise UserError("a term that contrasts images with those of earlier batches (--cr) runs on one rank only")
-    inverter = Inverter(pool.model, config, device, student, pool.before)
+    inverter = Inverter(pool.model, config, device, student, pool.before, eager)
     batches = range(math.ceil(count / config.batch_size))
     if ranks() > len(batches):
         raise UserError(

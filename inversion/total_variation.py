@@ -16,11 +16,32 @@ def total_variation(canvas: PatchCanvas, order: int) -> Tensor:
 
     The norm goes over the whole batch. Only pairs of pixels that both lie in kept patches count.
     """
+    if canvas.plain:
+        return _by_autograd(canvas.pixels.flatten(0, 1), canvas.neighbours, order)
     return _TotalVariation.apply(canvas.pixels, canvas.neighbours, order)
 
 
+def _by_autograd(flat: Tensor, links: Neighbours, order: int) -> Tensor:
+    """The total variation of patches (M, C, h, w), every difference as it is defined."""
+    total = flat.new_zeros(())
+    for direction in DIRECTIONS:
+        parts, pairs = [], flat.new_zeros(())
+        for offset, first, second in _pairs(direction, flat.shape[-2:]):
+            difference = flat[second].index_select(0, links.index[offset]) - flat[first]
+            parts.append((difference * links.adjacent[offset]).flatten())
+            pairs = pairs + links.adjacent[offset].sum() * difference[0].numel()
+        differences = torch.cat(parts)
+        total = total + (differences.norm() if order == 2 else differences.abs().sum() / pairs.clamp(min=1))
+    return total
+
+
 def _crossing(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:
-    """The pixel pairs of a direction that cross a patch's border: (patch offset of the second, slices of both)."""
+    """Those of `_pairs` that cross a patch's border."""
+    return [pair for pair in _pairs(direction, size) if pair[0] != (0, 0)]
+
+
+def _pairs(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[tuple[int, int], tuple, tuple]]:
+    """The pixel pairs of a direction: (patch offset of the second, slices of both)."""
 
     def along(step: int, length: int) -> list[tuple[int, slice, slice]]:
         if step == 0:
@@ -30,7 +51,7 @@ def _crossing(direction: tuple[int, int], size: tuple[int, int]) -> list[tuple[t
         return [(0, slice(1, length), slice(0, length - 1)), (-1, slice(0, 1), slice(length - 1, length))]
 
     rows, cols = along(direction[0], size[0]), along(direction[1], size[1])
-    return [((dy, dx), (..., r, c), (..., r2, c2)) for dy, r, r2 in rows for dx, c, c2 in cols if (dy, dx) != (0, 0)]
+    return [((dy, dx), (..., r, c), (..., r2, c2)) for dy, r, r2 in rows for dx, c, c2 in cols]
 
 
 def _inside(rows: Tensor, direction: tuple[int, int], width: int) -> tuple[Tensor, int]:

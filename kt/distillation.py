@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ from kt.augment import augmented, drawn
 from kt.config import DistillConfig
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
-from utils.device import pick_device
+from utils.device import pick_device, within_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
 
@@ -45,17 +45,27 @@ class Distiller:
         student: from `load_student`; what requires gradients learns.
         config: how.
         device: where both run.
+        eager: by stock kernels and autograd alone; the weights are the same up to rounding.
 
     Raises:
         UserError: a batch that the ranks cannot divide evenly.
     """
 
-    def __init__(self, teacher: LoadedModel, student: LoadedModel, config: DistillConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        teacher: LoadedModel,
+        student: LoadedModel,
+        config: DistillConfig,
+        device: torch.device,
+        eager: bool = False,
+    ) -> None:
         if config.batch_size % ranks():
             raise UserError(f"--kr-batchsize {config.batch_size} cannot be divided evenly among {ranks()} ranks")
         self.config, self.device, self.steps = config, device, 0
         self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
         self.student = student.sparse(device)
+        if eager:
+            self.teacher.plainly(), self.student.plainly()
         self.model = DistributedDataParallel(self.student) if ranks() > 1 else self.student
         learning = [p for p in self.student.parameters() if p.requires_grad]
         if config.optimizer == "sgd":
@@ -68,7 +78,7 @@ class Distiller:
         """`steps` steps on batches drawn from `images`. Returns the mean loss.
 
         Raises:
-            UserError: no images, or a loss that is no longer finite.
+            UserError: no images, a loss that is no longer finite, or not enough GPU memory.
         """
         if not len(images):
             raise UserError(
@@ -87,18 +97,29 @@ class Distiller:
         batch = drawn(images, self.config.batch_size, self.generator)
         batch = augmented(batch, self.student.grid, self.config.augment, self.generator)
         batch = batch.at(slice(rank(), None, ranks()))
-        patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
-        with torch.no_grad():
-            target = self.teacher(patches, positions).logits
-        loss = distillation_loss(self.model(patches, positions).logits, target, self.config.temperature)
         if self.config.lr_schedule == "cosine":
             done = min(self.steps / (self.config.epochs * self.config.steps), 1)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.zero_grad()
-        loss.backward()
+        loss = within_memory(
+            lambda: self._gradient(self.model, batch),
+            lambda images: self._gradient(self.student, batch.at(slice(images))),
+            len(batch),
+            "--kr-batchsize",
+            self.device,
+        )
         self.optimizer.step()
         self.steps += 1
+        return loss
+
+    def _gradient(self, model: nn.Module, batch: SparseImages) -> Tensor:
+        """The loss, whose gradient is left for the optimizer."""
+        patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
+        with torch.no_grad():
+            target = self.teacher(patches, positions).logits
+        loss = distillation_loss(model(patches, positions).logits, target, self.config.temperature)
+        loss.backward()
         return loss.detach()
 
     def weights(self) -> dict[str, Tensor]:
@@ -158,6 +179,7 @@ def distill(
     evaluate: Callable[[SparseViT], float] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
+    eager: bool = False,
 ) -> Distilled:
     """Let a student imitate a teacher on images that stand in for the data (Hinton et al., 2015).
 
@@ -172,13 +194,15 @@ def distill(
         evaluate: gives the student's top-1 in per cent; None: it is not evaluated.
         checkpoint: where every epoch leaves its state, and whose state the training goes on from.
         progress: show a progress bar on stderr.
+        eager: as for `Distiller`.
 
     Raises:
-        UserError: no images, a loss that is no longer finite, or a batch that the ranks cannot divide evenly.
+        UserError: no images, a loss that is no longer finite, a batch that the ranks cannot divide evenly, or not
+            enough GPU memory.
     """
     device = torch.device(device) if device is not None else pick_device("auto")
     of_epoch = images if callable(images) else lambda epoch: images
-    distiller, found = Distiller(teacher, student, config, device), Distilled()
+    distiller, found = Distiller(teacher, student, config, device, eager), Distilled()
     state = None if checkpoint is None else checkpoint.state
     if state is not None:
         distiller.load_state_dict(state["distiller"])

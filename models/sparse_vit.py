@@ -67,8 +67,11 @@ class ViTOutput(NamedTuple):
 class SparseBlock(nn.Module):
     """One pre-norm transformer block, built from the modules of a timm `Block`.
 
-    `tap_*` are identities on tensors that are no module's input; a caller may put its own modules there.
+    `tap_*` are identities on tensors that are no module's input; a caller may put its own modules there. `plain`: by
+    stock kernels and autograd alone.
     """
+
+    plain = False
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -131,7 +134,8 @@ class SparseBlock(nn.Module):
         """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim)."""
         q, k, v = self._qkv(y, queries)
         if type(self.tap_scores) is type(self.tap_probs) is nn.Identity:
-            out = attention(q, k, v, self.scale)
+            run = F.scaled_dot_product_attention if self.plain else attention
+            out = run(q, k, v, scale=self.scale)
         else:
             scores = self.tap_scores((q * self.scale) @ k.transpose(-2, -1))
             out = self.tap_probs(scores.softmax(dim=-1)) @ v
@@ -140,7 +144,8 @@ class SparseBlock(nn.Module):
     def _folds(self) -> bool:
         """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
         between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs)
-        return type(self.qkv) is nn.Linear and all(type(module) is nn.Identity for module in between)
+        identities = all(type(module) is nn.Identity for module in between)
+        return identities and type(self.qkv) is nn.Linear and not self.plain
 
     def _attention_of_few(self, y: Tensor, queries: int) -> Tensor:
         """As `_attention`, without a key or value of any token: q (W y) = (q W) y, and sum a (W y) = W (sum a y).
@@ -183,6 +188,12 @@ class SparseViT(nn.Module):
         self.norm = vit.norm
         self.head = _Head(vit)
         self.eval()
+
+    def plainly(self) -> SparseViT:
+        """Itself, from now on by stock kernels and autograd alone: what is fast is held against it."""
+        for block in self.blocks:
+            block.plain = True
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from quant.observers import OBSERVERS, Observer
 from quant.reconstruction import reconstruct
 from quant.reparameterization import norm_sites, reparameterize
 from quant.stages import correct_biases
+from utils.device import within_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks
 
@@ -40,8 +41,8 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress
         progress: show a progress bar of the reconstruction on stderr.
 
     Raises:
-        UserError: no images, more ranks than batches, `--keep` of a layer that is not there, or a model that the
-            observer is not for.
+        UserError: no images, more ranks than batches, `--keep` of a layer that is not there, a model that the observer
+            is not for, or not enough GPU memory.
     """
     config = fitting(vit, config)
     images = images.filled(vit.grid) if config.fill else images
@@ -127,6 +128,12 @@ def _observe(vit: SparseViT, observing: list[Observer], images: SparseImages, ba
     """Feed this rank's batches as often as the observers ask."""
     for _ in range(max((observer.passes for observer in observing), default=0)):
         for batch in images.batches(batch_size)[rank() :: ranks()]:
-            vit(batch.patches.to(vit.device), batch.positions.to(vit.device))
+            within_memory(
+                lambda batch=batch: vit(batch.patches.to(vit.device), batch.positions.to(vit.device)),
+                lambda few, batch=batch: vit(batch.patches[:few].to(vit.device), batch.positions[:few].to(vit.device)),
+                len(batch),
+                "--calib-batchsize",
+                vit.device,
+            )
         for observer in observing:
             observer.end_pass()

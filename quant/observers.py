@@ -72,7 +72,10 @@ class HistogramObserver(MinMaxObserver):
         index = ((x - self.low) / self._step()).long().clamp(0, self.bins - 1) + self.bins * torch.arange(
             rows, device=x.device
         )
-        self.counts += torch.bincount(index.flatten(), minlength=rows * self.bins).view(rows, self.bins)
+        if x.device.type == "cpu":
+            self.counts += torch.bincount(index.flatten(), minlength=rows * self.bins).view(rows, self.bins)
+        else:  # there `bincount` waits for the highest index
+            self.counts.view(-1).scatter_add_(0, index.flatten(), torch.ones_like(index).flatten())
 
     def end_pass(self) -> None:
         if self.counts is None:

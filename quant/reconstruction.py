@@ -30,6 +30,8 @@ DROP = 0.5
 ROUNDING_LR, SCALE_LR = 2e-2, 2e-3
 ROUNDING_WEIGHT = 0.01
 """What an undecided weight costs, against the squared error of a token."""
+SHOWN = 20
+"""Steps between two looks at the error, which wait for the device."""
 WARM_UP = 0.2
 """Share of the steps before rounding is decided."""
 
@@ -146,7 +148,8 @@ def _reconstruct_stage(
             loss.backward()
             optimizer.step()
             bar.update()
-            bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
+            if step % SHOWN == 0:
+                bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
 
 
 @contextlib.contextmanager

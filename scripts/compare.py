@@ -119,7 +119,8 @@ class Bench:
 
         if isinstance(task.images, Inverted):
             log = task.folder / "synthesis.jsonl"
-            synthesis = Synthesis(self.model, task.images, self.device, log, progress=task.run.progress)
+            how = {"progress": task.run.progress, "eager": task.run.eager}
+            synthesis = Synthesis(self.model, task.images, self.device, log, **how)
             return synthesis.first(task.num_images), synthesis.cost(task.num_images)
         start = time.perf_counter()
         images = images_at_hand(self.model, task.images, task.num_images, task.run.seed)

@@ -175,6 +175,6 @@ def test_an_integer_product_is_the_simulated_one(w_bit, a_bit):
 def test_a_model_of_integer_products_predicts_what_the_simulated_one_does(vit, images):
     batch = torch.randn(64, 3, 32, 32)
     quantized = calibrate(vit, images, 8, 8, "repq")
-    integer = with_integer_products(quantized)
-    assert with_integer_products(vit) is vit
+    integer = with_integer_products(quantized, batch)
+    assert with_integer_products(vit, batch) is vit
     assert (quantized.forward_images(batch).argmax(1) == integer.forward_images(batch).argmax(1)).float().mean() > 0.9

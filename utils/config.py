@@ -73,5 +73,6 @@ class RunConfig:
     gpu: int = setting(0, "number of the CUDA GPU", type=natural)
     seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=natural)
     tensorboard: bool = setting(False, "write the course of the inversion to OUTPUT/tensorboard")
+    eager: bool = setting(False, "no CUDA graph, packed layer or gradient written out: slower, the same up to rounding")
     progress: bool = False
     command: str | None = None

@@ -9,7 +9,9 @@ import platform
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from utils.errors import UserError
 from utils.lazy import torch
@@ -110,6 +112,70 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+Result = TypeVar("Result")
+
+
+def within_memory(
+    run: Callable[[], Result],
+    probe: Callable[[int], object],
+    batch: int,
+    flags: str,
+    device: torch.device,
+    unit: int = 1,
+) -> Result:
+    """What `run` gives.
+
+    Args:
+        run: works on batches of `batch` images.
+        probe: the largest part of that work on a batch of so many units.
+        batch: images.
+        flags: what sets it.
+        device: where.
+        unit: images that are worked on as one.
+
+    Raises:
+        UserError: not enough GPU memory; it says about how many images would fit.
+    """
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        pass  # from here on nothing holds what was allocated
+    most = (batch - 1) // unit
+    fitting = unit * fitting_batch(lambda units: memory_taken(lambda: probe(units), device), free_memory(device), most)
+    fits = f"about {fitting} would fit" if fitting else f"not even {unit} would fit"
+    raise UserError(f"{batch} images a batch need more memory than {device_name(device)} has left; {fits} ({flags})")
+
+
+def fitting_batch(needs: Callable[[int], int], free: int, most: int) -> int:
+    """How many images, or units of them, fit in nine tenths of `free` bytes, at most `most`; 0 if none.
+
+    `needs`: bytes for so many, asked for 1 and for 2, from which the rest is estimated.
+    """
+    fitting = 0
+    try:
+        one = needs(1)
+        fitting = int(one <= 0.9 * free)
+        each = max(needs(2) - one, 1)
+        fitting = int((0.9 * free - one) // each) + 1
+    except torch.OutOfMemoryError:
+        pass
+    return max(0, min(fitting, most))
+
+
+def memory_taken(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of a GPU's memory that a call holds at once, besides what is held already."""
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - held
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process could still get."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def physical_memory_bytes() -> int:

@@ -116,6 +116,13 @@ def run_main(main: Callable[[], object]) -> None:
         rank = os.environ.get("RANK", "0")
         print("error: " + ("" if rank == "0" else f"rank {rank}: ") + _message(error), file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        held.clear()
+        _ending = True
+        print("error: there is not enough GPU memory left; lower the batch sizes", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         logging.lastResort = last_resort
         sys.stderr.write("".join(held))

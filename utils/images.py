@@ -135,6 +135,7 @@ class Synthesis:
         student: for the adversarial term.
         tensorboard: folder for the course of the inversion in TensorBoard's format.
         progress: show a progress bar on stderr.
+        eager: as for `Inverter`.
 
     Raises:
         UserError: the pool cannot be opened, or TensorBoard's writer is missing.
@@ -149,13 +150,14 @@ class Synthesis:
         student: LoadedModel | None = None,
         tensorboard: Path | None = None,
         progress: bool = False,
+        eager: bool = False,
     ) -> None:
         if tensorboard is not None:
             require_tensorboard()
         with rank_zero_first():
             self.pool = ImagePool(source.datapool, model, source.config)
         self.where = {"device": device, "log": log, "student": student}
-        self.shown = {"tensorboard": tensorboard, "progress": progress}
+        self.how = {"tensorboard": tensorboard, "progress": progress, "eager": eager}
         self.images: SparseImages | None = None
 
     def first(self, count: int, add: bool = True) -> SparseImages:
@@ -163,7 +165,7 @@ class Synthesis:
         have = 0 if self.images is None else len(self.images)
         if count > have:
             if add:
-                synthesize(self.pool, count, **self.where, **self.shown)
+                synthesize(self.pool, count, **self.where, **self.how)
             new = self.pool.read(count, first=have)
             self.images = new if self.images is None else self.images.joined(new)
         return self.images

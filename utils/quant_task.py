@@ -105,7 +105,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
             if rank() == 0:
                 export.export(file, quantized, model, config, test_set.classes)
             models["export"] = export.OnnxModel(file)
-    accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress)
+    accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress, task.run.eager)
 
     report = {
         "task": "quant",
@@ -145,7 +145,8 @@ def check_images(model: LoadedModel, task: QuantTask, device: torch.device) -> S
     tv2 = SMOOTH / math.sqrt(task.check_images * math.prod(model.preprocessing.input_size))
     fixed = {"batch_size": task.check_images, "seed": CHECK_SEED, "dtype": pick_dtype("auto", device)}
     source = Inverted(configured(tv2=float(f"{tv2:.3g}"), **CHECK, **fixed), task.check_pool)
-    return Synthesis(model, source, device, progress=task.run.progress).first(task.check_images)
+    how = {"progress": task.run.progress, "eager": task.run.eager}
+    return Synthesis(model, source, device, **how).first(task.check_images)
 
 
 def _check(
@@ -187,6 +188,6 @@ def _calibration(
     if not isinstance(task.images, Inverted):
         return images_at_hand(model, task.images, task.num_images, task.run.seed), SynthesisReport(), None
     where = {"log": output / "synthesis.jsonl", "tensorboard": task.events, "progress": task.run.progress}
-    synthesis = Synthesis(model, task.images, device, **where)
+    synthesis = Synthesis(model, task.images, device, **where, eager=task.run.eager)
     images = synthesis.first(task.num_images)
     return images, synthesis.cost(task.num_images), synthesis.course(task.num_images)

@@ -111,6 +111,7 @@ def transfer_report(
         evaluate=lambda vit: evaluate({"student": vit}, data, device)["student"]["top1"],
         checkpoint=checkpoint,
         progress=task.run.progress,
+        eager=task.run.eager,
     )
     cost = SynthesisReport() if synthesis is None else synthesis.cost(found.images)
     report = {
@@ -148,7 +149,7 @@ def _images(
         fixed = images_at_hand(teacher, task.images, task.fixed_images, task.run.seed)
         return lambda epoch: fixed, None
     source = replace(task.images, config=replace(task.images.config, student=_adversary(task)))
-    where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events}
+    where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events, "eager": task.run.eager}
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
     if task.images_per_epoch:

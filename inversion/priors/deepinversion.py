@@ -73,12 +73,13 @@ class BatchNormStatistics(Loss):
         self.seen: list[Tensor] = []
         for norm in self.norms:
             norm.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
-        self.denormalize = context.model.preprocessing.denormalize
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.mean, self.std = mean.to(context.device), std.to(context.device)
+        ours = context.model.preprocessing
+        statistics = (ours.mean, ours.std, IMAGENET_MEAN, IMAGENET_STD)
+        self.statistics = [torch.tensor(values, device=context.device).view(3, 1, 1) for values in statistics]
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        image = (self.denormalize(precise(inputs.image())) - self.mean) / self.std
+        our_mean, our_std, mean, std = self.statistics
+        image = (precise(inputs.image()) * our_std + our_mean - mean) / std
         self.seen.clear()
         self.cnn(image.to(next(self.cnn.parameters()).dtype))
         distances = [self._distance(norm, precise(x)) for norm, x in zip(self.norms, self.seen, strict=True)]

@@ -47,12 +47,22 @@ class Reference:
 
     Stock timm model in float32 with weights that require gradients; attention matrices of all blocks formed and kept;
     patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`.
+
+    `backend` of `torch.compile`: instead in the engine's number format, compiled, timm's attention, nothing kept of it.
     """
 
-    def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device, positions: torch.Tensor):
-        self.vit = copy.deepcopy(model.vit).to(device).requires_grad_(True)
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: InversionConfig,
+        device: torch.device,
+        positions: torch.Tensor,
+        backend: str | None = None,
+    ):
+        self.dtype = torch.float32 if backend is None else getattr(torch, config.dtype)
+        self.vit = copy.deepcopy(model.vit).to(device, self.dtype).requires_grad_(True)
         self.attention: list[torch.Tensor] = []
-        for block in self.vit.blocks:
+        for block in self.vit.blocks if backend is None else ():
             block.attn.fused_attn = False
             block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
         self.config, self.positions = config, positions
@@ -66,24 +76,29 @@ class Reference:
         with FlopCounterMode(display=False) as counter:
             self.step(Jitter(0, 0, False))
         self.flops = counter.get_total_flops()
+        if backend is not None:
+            self._logits = torch.compile(self._logits, backend=backend)
 
     def step(self, jitter: Jitter) -> float:
         """Forward, backward, update."""
         self.attention.clear()
         rolled = torch.roll(self.images, (jitter.dy, jitter.dx), dims=(2, 3))
         rolled = rolled.flip(3) if jitter.flip else rolled
-        tokens = self.vit._pos_embed(self.vit.patch_embed(rolled))
-        if not self.dense:
-            prefix = self.vit.num_prefix_tokens
-            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-            tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, self.positions]], dim=1)
-        logits = self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
+        logits = self._logits(rolled.to(self.dtype)).float()
         loss = F.cross_entropy(logits, self.labels) + self.config.weights["tv2"] * self._tv()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.images.data = torch.maximum(torch.minimum(self.images.data, self.high), self.low)
         return loss.item()
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        if not self.dense:
+            prefix = self.vit.num_prefix_tokens
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+            tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, self.positions]], dim=1)
+        return self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
 
     def _tv(self) -> torch.Tensor:
         x = self.images
@@ -95,13 +110,20 @@ class Reference:
 class Engine:
     """One iteration of the engine at a stage, as `Inverter.invert` runs it."""
 
-    def __init__(self, model: LoadedModel, config: InversionConfig, device: torch.device, positions: torch.Tensor):
-        self.inverter = Inverter(model, config, device)
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: InversionConfig,
+        device: torch.device,
+        positions: torch.Tensor,
+        eager: bool = False,
+    ):
+        self.inverter = Inverter(model, config, device, eager=eager)
         grid = self.inverter.vit.grid
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(config.batch_size, *model.preprocessing.input_size, generator=generator).to(device)
         rows = torch.arange(config.batch_size, device=device)[:, None]
-        self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions)
+        self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions, self.inverter.plain)
         labels = torch.randint(model.classes, (config.batch_size,), generator=generator)
         targets = distributions(labels, model.classes, config.soft_label).to(device)
         self.inverter.begin(0, generator)
@@ -130,6 +152,9 @@ def parser() -> Parser:
         metavar="V",
         help="also time pri at these divisions",
     )
+    about = "also time plain code in --dtype with torch.compile and this backend, such as inductor; dense alone"
+    add("--compiled", metavar="BACKEND", help=about)
+    add("--peak_size", type=positive, help="side of the matrices that give the peak; default 4096, on a GPU 8192")
     add_device_arguments(parser)
     add("--output", default="./runs/bench", metavar="DIR", help="where the JSON goes")
     add_inversion_arguments(parser)
@@ -248,9 +273,9 @@ def main(argv: list[str] | None = None) -> dict:
     config, grid = inversion_config(args, args.batch), model.grid
     dtype = config.dtype
     stages = config.strategy_object().stages(config.iterations, grid.count)
-    size = 4096 if device.type == "cpu" else 8192
+    size = args.peak_size or (4096 if device.type == "cpu" else 8192)
     peaks = {name: matmul_peak(device, getattr(torch, name), size) for name in {"float32", dtype}}
-    rows = make_rows(model, config, device, stages, peaks)
+    rows = make_rows(model, config, device, stages, peaks, args.compiled)
     for row in rows:
         row.measure_once(device)
     first = warm_up(device)
@@ -285,15 +310,23 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def make_rows(
-    model: LoadedModel, config: InversionConfig, device: torch.device, stages: tuple[Stage, ...], peaks: dict
+    model: LoadedModel,
+    config: InversionConfig,
+    device: torch.device,
+    stages: tuple[Stage, ...],
+    peaks: dict,
+    backend: str | None,
 ) -> list[Row]:
-    """Reference and engine at every stage."""
+    """Reference and engine at every stage, and the compiled reference at the first."""
     grid = model.grid
     rows = []
     for stage in stages:
         positions = random_positions(grid, config.batch_size, stage.patches, device)
         for name, kind, dtype in (("reference", Reference, "float32"), ("engine", Engine, config.dtype)):
             rows.append(Row(name, stage.patches, partial(kind, model, config, device, positions), peaks[dtype]))
+        if backend is not None and stage is stages[0]:
+            make = partial(Reference, model, config, device, positions, backend)
+            rows.append(Row("compiled", stage.patches, make, peaks[config.dtype]))
     return rows
 
 
@@ -311,6 +344,7 @@ def speedups(rows: list[Row], stages: tuple[Stage, ...]) -> dict[str, float]:
     """The engine against the reference: dense, in the last stage, and its schedule against the dense reference."""
     dense, final, iterations = stages[0].patches, stages[-1].patches, stages[-1].stop
     reference_run = iterations * seconds_of(rows, "reference", dense)
+    compiled = [statistics.median(row.seconds) for row in rows if row.name == "compiled"]
     return {
         "dense": seconds_of(rows, "reference", dense) / seconds_of(rows, "engine", dense),
         "final_stage": seconds_of(rows, "reference", final) / seconds_of(rows, "engine", final),
@@ -318,6 +352,7 @@ def speedups(rows: list[Row], stages: tuple[Stage, ...]) -> dict[str, float]:
         "schedule_vs_engine_dense": iterations
         * seconds_of(rows, "engine", dense)
         / schedule_seconds(rows, "engine", stages),
+        **({"dense_vs_compiled": compiled[0] / seconds_of(rows, "engine", dense)} if compiled else {}),
     }
 
 
