@@ -118,7 +118,7 @@ def _reparameterized(
         hook.remove()
     fixed = {}
     for site, observer in zip(sites, observing, strict=True):
-        scale, zero_point = reparameterize(vit, site, *observer.range(), observer.bits)
+        scale, zero_point = reparameterize(vit, site, *observer.range(), observer.bits, config.symmetric)
         # A reader of another width, which --keep can ask for, is observed like any other tensor.
         fixed |= {name: (scale, zero_point) for name in site.readers if widths[name][1] == observer.bits}
     return vit, fixed

@@ -43,6 +43,7 @@ class QuantConfig:
         "matrix products alone; auto: repq below 8 bits of activations, else mse",
         choices=(*OBSERVERS, "auto"),
     )
+    symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
     fill: bool = setting(False, "calibrate on full grids: stopped patches replaced by the nearest kept ones")
     keep: tuple[str, ...] = setting(
         (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
@@ -60,6 +61,8 @@ class QuantConfig:
             raise UserError(f"--observer {self.observer} is not one of {', '.join((*OBSERVERS, 'auto'))}")
         if self.a_bit == 32 and self.observer in ("percentile", "repq"):
             raise UserError(f"--observer {self.observer} is about activations, which --a_bit 32 leaves alone; take mse")
+        if self.a_bit == 32 and self.symmetric:
+            raise UserError("--symmetric is about activations, which --a_bit 32 leaves alone")
         if self.w_bit == 32 and self.reconstruct:
             raise UserError("--reconstruct learns how weights are rounded, and --w_bit 32 leaves them alone")
         if self.reconstruct_seconds is not None and not self.reconstruct:

@@ -70,8 +70,11 @@ def quantized_vit(
     for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
         quantizer: nn.Module = nn.Identity()
         if a_bit < 32:
-            kind = LogSqrt2Quantizer if method.log_probs and name.endswith("tap_probs") else ActivationQuantizer
-            quantizer = kind(a_bit, method.observer(a_bit))
+            if method.log_probs and name.endswith("tap_probs"):
+                quantizer = LogSqrt2Quantizer(a_bit, method.observer(a_bit))
+            else:
+                observer = method.observer(a_bit, symmetric=config.symmetric)
+                quantizer = ActivationQuantizer(a_bit, observer, config.symmetric)
         layer = found[name]
         if isinstance(layer, nn.Linear):
             scale = scale_of(layer.weight, w_bit) if w_bit < 32 else None

@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import SparseViT
@@ -23,27 +24,44 @@ DIFFERENCE = 0.25
 class IntegerLinear(nn.Module):
     """What a `QuantizedLinear` computes, by one product of int8 codes summed exactly in int32.
 
-    s t (q - z) W + b, with codes q, zero point z, scale s, integer weights W and their scales t. Eight-bit codes are
-    shifted by 128 into int8; narrower ones fit as they are.
+    s t (q - z) W + b, with codes q, zero point z, scale s, integer weights W and their scales t. Codes of 0 to 255 are
+    shifted by 128 into int8; others fit as they are.
     """
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         quantizer = layer.quantizer
-        self.offset = 128 if quantizer.bits == 8 else 0
-        self.high = quantizer.high - self.offset
-        self.inverse, self.zero_point = 1 / quantizer.scale, int(quantizer.zero_point) - self.offset
-        weight = layer.integers()
-        self.weight = weight.t()  # the layout that the product wants
+        offset = 128 if quantizer.high > 127 else 0
+        self.low, self.high = quantizer.low - offset, quantizer.high - offset
+        self.inverse, self.zero_point = 1 / quantizer.scale, int(quantizer.zero_point) - offset
+        self.weight = weight = layer.integers()
         self.out_scale = layer.weight_scale * quantizer.scale
         bias = 0 if layer.linear.bias is None else layer.linear.bias.detach()
         self.bias = bias - self.out_scale * (self.zero_point * weight.sum(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        codes = (rows * self.inverse).round_().add_(self.zero_point).clamp_(-self.offset, self.high).to(torch.int8)
-        out = torch._int_mm(codes, self.weight).float().mul_(self.out_scale).add_(self.bias)
+        codes = (rows * self.inverse).round_().add_(self.zero_point).clamp_(self.low, self.high)
+        out = integer_product(codes, self.weight).float().mul_(self.out_scale).add_(self.bias)
         return out.unflatten(0, x.shape[:-1])
+
+
+def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Integers from -128 to 127 in any number format, rows (n, in) and a weight (out, in) -> products (n, out), int32.
+
+    `torch._int_mm` reads operands with a row stride of 0 or 1 in the wrong places and says nothing, so no other layout
+    than row after row reaches it. A single column, of which the row stride is 1 in any case, gets one of zeros.
+    """
+    if weight.shape[1] == 1:
+        rows, weight = F.pad(rows, (0, 1)), F.pad(weight, (0, 1))
+    return torch._int_mm(_row_after_row(rows), _row_after_row(weight).t())
+
+
+def _row_after_row(x: Tensor) -> Tensor:
+    """Integers as int8 in this layout; `contiguous()` would let a single row have any stride."""
+    if x.dtype == torch.int8 and x.stride() == (x.shape[1], 1):
+        return x
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device).copy_(x)
 
 
 def with_integer_products(model: nn.Module, images: Tensor) -> nn.Module:

@@ -16,8 +16,16 @@ EPS = 2.0**-23
 """Of float32."""
 
 
+def codes(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The lowest and the highest code of an activation."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
 class Observer(Protocol):
-    """What a quantizer asks for its range; made for a width in bits, and for a tensor or each of its last channels."""
+    """What a quantizer asks for its range.
+
+    Made for a width in bits, for a tensor or each of its last channels, and for zero points of 0 (`symmetric`) or any.
+    """
 
     passes: int
     """How often the calibration images must pass."""
@@ -37,8 +45,8 @@ class MinMaxObserver:
 
     passes = 1
 
-    def __init__(self, bits: int = 8, channels: int | None = None) -> None:
-        self.bits, self.channels = bits, channels
+    def __init__(self, bits: int = 8, channels: int | None = None, symmetric: bool = False) -> None:
+        self.bits, self.channels, self.symmetric = bits, channels, symmetric
         shape = () if channels is None else (channels,)
         self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
 
@@ -59,8 +67,8 @@ class HistogramObserver(MinMaxObserver):
 
     passes = 2
 
-    def __init__(self, bits: int = 8, channels: int | None = None) -> None:
-        super().__init__(bits, channels)
+    def __init__(self, bits: int = 8, channels: int | None = None, symmetric: bool = False) -> None:
+        super().__init__(bits, channels, symmetric)
         self.bins = min(2048, 32 * 2**bits)
         self.counts: Tensor | None = None
 
@@ -118,11 +126,17 @@ class MSEObserver(HistogramObserver):
     """The range with the least squared error: the upper and the lower end are searched in turn, twice.
 
     A whole tensor's range holds zero, as its quantizer wants it; a channel's need not (its zero point is not bounded).
+    Of a symmetric range the scale is searched.
     """
 
     candidates, rounds = 40, 2
 
     def _range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            ends = codes(self.bits, True)
+            widest = torch.maximum(low / ends[0], high / ends[1])
+            scales = [widest * share for share in torch.linspace(1, 0.02, self.candidates).tolist()]
+            return self._least([(scale * ends[0], scale * ends[1]) for scale in scales])
         if self.channels is None:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low

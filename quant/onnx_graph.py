@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from models import SparseViT
 from models.sparse_vit import SparseBlock
+from quant.export import stores_int4
 from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
 from utils.errors import UserError
 
-# 20 has Gelu, 21 has int4.
-OPSET, IR_VERSION = 21, 10
 INPUT, OUTPUT = "images", "logits"
 
 
@@ -51,16 +50,17 @@ def require_exportable(vit: SparseViT) -> None:
         refuse("a pooling other than the class token's and the mean")
 
 
-def onnx_model(vit: SparseViT, metadata: dict[str, str], int4: bool = True) -> onnx.ModelProto:
+def onnx_model(vit: SparseViT, metadata: dict[str, str], opset: int) -> onnx.ModelProto:
     """`images` (batch, C, H, W), normalized -> `logits` (batch, classes), the batch of any size.
 
     Args:
         vit: a full-precision or quantized model that `require_exportable` lets through.
         metadata: what else the file says about itself.
-        int4: store weights of 4 bits and less as int4, two in a byte.
+        opset: `OLDEST_OPSET` or newer. What it lacks is written out: Gelu below 20, int4 (weights of 4 bits and fewer,
+            two in a byte) as int8 below 21.
     """
     vit = vit.cpu()
-    graph = Graph(int4)
+    graph, operators = Graph(opset), [helper.make_opsetid("", opset)]
     _write(graph, vit)
     size = ["batch", vit.grid.channels, *vit.grid.image_size]
     model = helper.make_model(
@@ -71,8 +71,8 @@ def onnx_model(vit: SparseViT, metadata: dict[str, str], int4: bool = True) -> o
             [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", vit.num_classes])],
             graph.initializers,
         ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=operators,
+        ir_version=helper.find_min_ir_version_for(operators),
         producer_name="sparse-model-inversion",
     )
     helper.set_model_props(model, metadata)
@@ -83,10 +83,10 @@ def onnx_model(vit: SparseViT, metadata: dict[str, str], int4: bool = True) -> o
 class Graph:
     """Nodes and constants as they are written; every method returns the name of its result."""
 
-    def __init__(self, int4: bool) -> None:
+    def __init__(self, opset: int) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.int4 = int4
+        self.opset = opset
 
     def constant(self, value: Tensor | np.ndarray | list, dtype: type = np.float32) -> str:
         """A constant of any shape."""
@@ -123,9 +123,10 @@ class Graph:
     ) -> str:
         """What a tap lets through, its axes transposed, times `factor`."""
         if isinstance(quantizer, ActivationQuantizer):
-            scale, zero_point = quantizer.scale, self.constant(quantizer.zero_point, np.uint8)
+            scale, stored = quantizer.scale, np.int8 if quantizer.symmetric else np.uint8
+            zero_point = self.constant(quantizer.zero_point, stored)
             if quantizer.bits < 8:  # eight bits are stored, the range of fewer is used
-                ends = (torch.tensor([0, quantizer.high]) - quantizer.zero_point) * scale
+                ends = (torch.tensor([quantizer.low, quantizer.high]) - quantizer.zero_point) * scale
                 x = self.op("Clip", x, self.constant(ends[0]), self.constant(ends[1]))
             x = self.op("QuantizeLinear", x, self.constant(scale), zero_point)
             if transposed is not None:
@@ -165,9 +166,31 @@ class Graph:
         # An integer product would take its bias rounded to its own units; added behind it, it is exact.
         return self.op("Add", self.op("Gemm", x, weight), self.constant(bias), result=result)
 
+    def thirds(self, x: str) -> list[str]:
+        """Three equal parts of the columns of `x`."""
+        count = {"num_outputs": 3} if self.opset >= 18 else {}
+        return self.op("Split", x, outputs=3, axis=1, **count)
+
+    def mean(self, x: str) -> str:
+        """The mean over axis 1."""
+        if self.opset < 18:
+            return self.op("ReduceMean", x, axes=[1], keepdims=0)
+        return self.op("ReduceMean", x, self.constant([1], np.int64), keepdims=0)
+
+    def gelu(self, x: str, approximate: str) -> str:
+        """`torch.nn.functional.gelu`; written out as runtimes know it again and fuse it."""
+        if self.opset >= 20:
+            return self.op("Gelu", x, approximate=approximate)
+        if approximate == "none":
+            inner = self.op("Erf", self.op("Div", x, self.constant(2**0.5)))
+        else:
+            cube = self.op("Mul", self.constant(0.044715), self.op("Pow", x, self.constant(3.0)))
+            inner = self.op("Tanh", self.op("Mul", self.constant((2 / np.pi) ** 0.5), self.op("Add", x, cube)))
+        return self.op("Mul", self.op("Mul", x, self.op("Add", inner, self.constant(1.0))), self.constant(0.5))
+
     def weight(self, integers: np.ndarray, bits: int) -> str:
         """Integers (in, out) as int8; as int4 in the file where they fit, which the runtime unpacks when it loads."""
-        if bits > 4 or not self.int4:
+        if not stores_int4(bits, self.opset):
             return self.constant(integers, np.int8)
         name = f"c{len(self.initializers)}"
         flat = integers.astype(np.int8).ravel()
@@ -215,7 +238,7 @@ def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int |
 
     y = graph.norm(x, block.norm1)
     inner = (block.proj.linear if isinstance(block.proj, QuantizedLinear) else block.proj).in_features
-    q, k, v = graph.op("Split", graph.linear(y, block.qkv), outputs=3, axis=1, num_outputs=3)
+    q, k, v = graph.thirds(graph.linear(y, block.qkv))
     q = of_heads(first(q, inner), block.q_norm, queries or tokens)
     q = graph.quantized(q, block.tap_q, (0, 2, 1, 3), block.scale)
     k = graph.quantized(of_heads(k, block.k_norm, tokens), block.tap_k, (0, 2, 3, 1))
@@ -227,7 +250,7 @@ def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int |
     out = graph.scaled(graph.linear(out, block.proj), block.ls1)
     x = graph.quantized(graph.op("Add", first(x, width), out), block.tap_attn_sum)
     y = graph.linear(graph.norm(x, block.norm2), block.mlp.fc1)
-    y = graph.norm(graph.op("Gelu", y, approximate=block.mlp.act.approximate), block.mlp.norm)
+    y = graph.norm(graph.gelu(y, block.mlp.act.approximate), block.mlp.norm)
     y = graph.scaled(graph.linear(y, block.mlp.fc2), block.ls2)
     return graph.quantized(graph.op("Add", x, y), block.tap_mlp_sum)
 
@@ -248,5 +271,5 @@ def _head(graph: Graph, vit: SparseViT, x: str, tokens: int, width: int) -> None
     else:
         start = 0 if head.include_prefix else head.prefix_tokens
         ends = (graph.constant([value], np.int64) for value in (start, tokens, 1))
-        pooled = graph.op("ReduceMean", graph.op("Slice", x, *ends), graph.constant([1], np.int64), keepdims=0)
+        pooled = graph.mean(graph.op("Slice", x, *ends))
     graph.linear(graph.norm(pooled, head.fc_norm), head.head, result=OUTPUT)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quant.observers import EPS, Observer
+from quant.observers import EPS, Observer, codes
 
 
 class ActivationQuantizer(nn.Module):
-    """Per tensor, asymmetric: q = clamp(round(x / scale) + zero_point, 0, 2^bits - 1).
+    """Per tensor: q = clamp(round(x / scale) + zero_point, low, high), of 0 to 2^bits - 1.
+
+    A symmetric one has codes from -2^(bits - 1) to 2^(bits - 1) - 1, and a zero point of 0.
 
     Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`.
     """
 
-    def __init__(self, bits: int, observer: Observer | None) -> None:
+    def __init__(self, bits: int, observer: Observer | None, symmetric: bool = False) -> None:
         super().__init__()
-        self.bits, self.high = bits, 2**bits - 1
+        self.bits, self.symmetric = bits, symmetric
+        self.low, self.high = codes(bits, symmetric)
         self.observer = observer
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
@@ -27,6 +30,9 @@ class ActivationQuantizer(nn.Module):
         if not low <= high:
             raise RuntimeError("this quantizer saw no tensor during calibration")
         low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.symmetric:
+            self.fix(torch.maximum(low / self.low, high / self.high).clamp(min=EPS), torch.zeros_like(low).int())
+            return
         scale = ((high - low) / self.high).clamp(min=EPS)
         self.fix(scale, (-low / scale).round().clamp(0, self.high).int())
 
@@ -39,7 +45,7 @@ class ActivationQuantizer(nn.Module):
         if self.observer is not None:
             self.observer.observe(x)
             return x
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.high)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
 
 
 class LogSqrt2Quantizer(nn.Module):

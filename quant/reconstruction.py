@@ -74,7 +74,7 @@ class LearnedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, ActivationQuantizer):
             scale, zero_point = self.log_scale.exp(), self.quantizer.zero_point
-            level = (x / scale + zero_point).clamp(0, self.quantizer.high)
+            level = (x / scale + zero_point).clamp(self.quantizer.low, self.quantizer.high)
             out = (level + (level.round() - level).detach() - zero_point) * scale
         else:
             out = x + (self.quantizer(x) - x).detach()

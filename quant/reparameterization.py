@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import SparseViT
-from quant.observers import EPS
+from quant.observers import EPS, codes
 from utils.errors import UserError
 
 
@@ -46,11 +46,13 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
     return sites
 
 
-def reparameterize(vit: SparseViT, site: NormSite, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def reparameterize(
+    vit: SparseViT, site: NormSite, low: Tensor, high: Tensor, bits: int, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Put the channels of a norm on one scale, in place; the model computes what it did (eq. 9 to 14).
 
-    With s, z the scale and zero point of each channel and S, Z their means, r = s / S and d = s (z - Z), the norm gives
-    (x + d) / r and its readers take r * weight and bias - weight d.
+    With s, z the scale and zero point of each channel and S, Z their means (Z = 0 if symmetric), r = s / S and
+    d = s (z - Z), the norm gives (x + d) / r and its readers take r * weight and bias - weight d.
 
     Args:
         vit: the model.
@@ -58,15 +60,16 @@ def reparameterize(vit: SparseViT, site: NormSite, low: Tensor, high: Tensor, bi
         low: lowest value to represent of each channel (D,).
         high: highest value (D,).
         bits: of the quantizer that follows.
+        symmetric: whether its zero point is 0.
 
     Returns:
         S and Z, the quantizer's scale () and zero point (), int32.
     """
-    steps = 2**bits - 1
-    scales = ((high - low) / steps).clamp(min=EPS)
+    lowest, highest = codes(bits, symmetric)
+    scales = ((high - low) / (highest - lowest)).clamp(min=EPS)
     scale = scales.mean()
-    zero_point = (-low / scales).mean().round().clamp(0, steps)
-    ratio, shift = scales / scale, -low - zero_point * scales
+    zero_point = scale.new_zeros(()) if symmetric else (-low / scales).mean().round().clamp(lowest, highest)
+    ratio, shift = scales / scale, (lowest - zero_point) * scales - low
     norm = vit.get_submodule(site.norm)
     norm.weight.data, norm.bias.data = norm.weight / ratio, (norm.bias + shift) / ratio
     for reader in site.readers:

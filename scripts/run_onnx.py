@@ -24,7 +24,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import contextlib
 import json
+import math
+import mmap
+import re
 import warnings
+from typing import NoReturn
 
 try:
     import numpy as np
@@ -44,15 +48,28 @@ ORIENTATION = 274
 
 
 class Refused(Exception):
-    """Why an image is not read."""
+    """Why an image or a model is not read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (--help lists the flags)")
+
+
+def printable(text: str) -> str:
+    """`text` in one line that does nothing to a terminal: `\\n` for a line's end, `\\x1b` for an escape, and so on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def colour(text: str) -> tuple[int, ...]:
     """argparse type: R,G,B, each 0 to 255."""
-    parts = tuple(int(part) for part in text.split(","))
-    if len(parts) != 3 or not all(0 <= part <= 255 for part in parts):
-        raise argparse.ArgumentTypeError(f"'{text}' is not R,G,B with numbers from 0 to 255")
-    return parts
+    with contextlib.suppress(ValueError):
+        parts = tuple(int(part) for part in text.split(","))
+        if len(parts) == 3 and all(0 <= part <= 255 for part in parts):
+            return parts
+    raise argparse.ArgumentTypeError(f"'{text}' is not R,G,B with numbers from 0 to 255")
 
 
 def read_image(path: str, background: tuple[int, ...] = WHITE) -> tuple[Image.Image, bool]:
@@ -150,19 +167,101 @@ def preprocess(image: Image.Image, how: dict) -> np.ndarray:
 
 
 def open_model(file: str) -> tuple[onnxruntime.InferenceSession, dict, list[str]]:
-    """The file, ready to run, its preprocessing and the names of its classes."""
+    """The file, ready to run, its preprocessing and the names of its classes.
+
+    Raises `Refused` with the reason.
+    """
+    try:
+        session = _session(file)
+    except Exception as error:  # the runtime raises many kinds
+        raise Refused(_why_not(file, str(error))) from None
+    about = session.get_modelmeta().custom_metadata_map
+    try:
+        how, classes = json.loads(about["preprocessing"]), json.loads(about["classes"])
+    except KeyError as error:
+        raise Refused(f"{file} is no file that --export wrote: it has no {error.args[0]} in it") from None
+    except (ValueError, RecursionError):
+        raise Refused(f"{file} is damaged: what it says of preprocessing and classes is no JSON") from None
+    if reason := misfit(session, how, classes):
+        raise Refused(f"{file} is damaged: {reason}")
+    return session, how, classes
+
+
+def misfit(session: onnxruntime.InferenceSession, how: object, classes: object) -> str | None:
+    """What in a file's metadata cannot be, or does not fit its graph; None where all does."""
+    graph = [[list(value.shape or []) for value in values] for values in (session.get_inputs(), session.get_outputs())]
+    if [[len(shape) for shape in shapes] for shapes in graph] != [[4], [2]]:
+        return "its graph does not go from images to logits"
+    (_, *size), (_, count) = graph[0][0], graph[1][0]
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return "its classes are no list of names"
+    if len(classes) != count:
+        return f"it names {len(classes)} classes, its graph has {count}"
+    if not isinstance(how, dict) or how.get("input_size") != size:
+        return f"it prepares images for another size than its graph's, {size}"
+    if size[0] != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        return f"images of the size {size} are not those of an RGB model"
+    for name, lowest in (("mean", -1e6), ("std", 1e-6)):
+        values = how.get(name)
+        if not (isinstance(values, list) and len(values) == 3 and all(_between(v, lowest, 1e6) for v in values)):
+            return f"{name} {str(values)[:40]} cannot be"
+    least = math.sqrt(size[1] * size[2] / MOST_PIXELS)
+    if not _between(how.get("crop_pct"), least, min(size)):
+        return f"crop_pct {str(how.get('crop_pct'))[:40]} cannot be"
+    if how.get("crop_mode") not in ("squash", "center"):
+        return f"crop_mode {str(how.get('crop_mode'))[:40]} is unknown"
+    if str(how.get("interpolation")).upper() not in Image.Resampling.__members__:
+        return f"interpolation {str(how.get('interpolation'))[:40]} is unknown"
+    return None
+
+
+def _between(value: object, lowest: float, highest: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _why_not(file: str, error: str) -> str:
+    """Why the runtime does not run a file, with which `error` it refused it."""
+    try:
+        with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            needed = re.search(rb"requires\x12.onnxruntime>=(\d{1,4})\.(\d{1,4})", data, re.DOTALL)
+            ours = needed or b"sparse-model-inversion" in data[:200]
+    except OSError as refused:
+        return f"cannot read {file}: {refused.strerror}"
+    except ValueError:
+        return f"{file} is empty"
+    line = error.strip().partition("\n")[0][:160]
+    if not ours:
+        return f"{file} is no file that --export wrote: {line}"
+    wanted = tuple(map(int, needed.groups())) if needed else ()
+    if wanted > tuple(map(int, onnxruntime.__version__.split(".")[:2])):
+        newer = ".".join(map(str, wanted))
+        return f"{file} needs onnxruntime {newer} or newer, {onnxruntime.__version__} is installed; update it"
+    return f"onnxruntime {onnxruntime.__version__} does not run {file}, which is damaged or for a newer one: {line}"
+
+
+def _session(file: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # Without VNNI, x86 CPUs sum products of uint8 and int8 in 16 bits, which overflow.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    about = session.get_modelmeta().custom_metadata_map
-    return session, json.loads(about["preprocessing"]), json.loads(about["classes"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def probabilities(session: onnxruntime.InferenceSession, pixels: np.ndarray, count: int) -> np.ndarray:
+    """What the model makes of an image (C, H, W): numbers for `count` classes. Raises `Refused` where it makes none."""
+    try:
+        logits = session.run(None, {session.get_inputs()[0].name: pixels[None]})[0][0].astype(np.float64)
+    except Exception as error:  # the runtime raises many kinds
+        raise Refused(f"the model does not run: {str(error).strip().partition(chr(10))[0][:160]}") from None
+    if logits.shape != (count,) or not np.isfinite(logits).all():
+        raise Refused(f"the model is damaged: what it gives are not {count} finite numbers")
+    shares = np.exp(logits - logits.max())
+    return shares / shares.sum()
 
 
 def main(argv: list[str] | None = None) -> list[str]:
     """Print a line per image: its most likely classes with their probability. Returns the names of the first."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("file", metavar="FILE.onnx", help="what --export wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to name for each image; default 3")
@@ -172,33 +271,34 @@ def main(argv: list[str] | None = None) -> list[str]:
     warnings.filterwarnings("ignore", module="PIL")  # of files that are then read or refused
     try:
         session, how, classes = open_model(args.file)
-    except Exception as error:  # the runtime raises many kinds
-        return _fail(f"{args.file} is no file that --export wrote: {str(error).strip().splitlines()[0][:160]}")
+    except Refused as error:
+        _fail(str(error))
     found, transparent = [], []
     for path in args.images:
         try:
             image, has_holes = read_image(path, args.background)
+            shares = probabilities(session, preprocess(image, how), len(classes))
         except Refused as error:
-            return _fail(str(error))
+            _fail(str(error))
         except Exception as error:  # Pillow raises many kinds
-            return _fail(f"cannot read the image {path} ({type(error).__name__}); repair or remove it")
+            _fail(f"cannot read the image {path} ({type(error).__name__}); repair or remove it")
         transparent += [path] * has_holes
-        pixels = preprocess(image, how)
-        logits = session.run(None, {session.get_inputs()[0].name: pixels[None]})[0][0].astype(np.float64)
-        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         best = np.argsort(-shares)[: max(args.top, 1)]
-        print(f"{path}: " + ", ".join(f"{classes[index]} {100 * shares[index]:.1f}%" for index in best))
+        named = ", ".join(f"{classes[index]} {100 * shares[index]:.1f}%" for index in best)
+        print(printable(f"{path}: {named}"), flush=True)
         found.append(classes[best[0]])
     if transparent:
         text = f"{len(transparent)} of the images have transparency, first {transparent[0]}"
-        print(f"note: {text}; they are laid on --background {','.join(map(str, args.background))}", file=sys.stderr)
+        laid = f"they are laid on --background {','.join(map(str, args.background))}"
+        print(printable(f"note: {text}; {laid}"), file=sys.stderr)
     return found
 
 
-def _fail(message: str) -> list[str]:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str) -> NoReturn:
+    print(printable(f"error: {message}"), file=sys.stderr)
     raise SystemExit(2)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding has not
     main()

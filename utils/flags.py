@@ -36,6 +36,8 @@ def quant_parser(description: str) -> Parser:
     add("--check_images", type=natural, default=32, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
     add("--export", metavar="FILE.onnx", help="write the quantized model for ONNX Runtime, check and time it there")
+    about = "ONNX version of that file, 17 or newer; default 17, 21 for weights of 4 bits and fewer, which it packs"
+    add("--opset", type=int, metavar="N", help=about)
     add("--save", metavar="DIR", help="write the quantized model, to be read by quant.load_quantized(DIR)")
     add_inversion_arguments(parser)
     return parser
@@ -55,6 +57,7 @@ def quant_task(args: argparse.Namespace) -> QuantTask:
         sensitivity=args.sensitivity,
         save=args.save,
         export=args.export,
+        opset=args.opset,
     )
 
 

@@ -42,7 +42,8 @@ class QuantTask(Task):
 
     `num_images`: calibration images. `check_images`: others that the quantized model is held against its original on,
     without labels, by `Fidelity`; 0: none. `check_pool`: where those are kept. `sensitivity`: measure what each layer
-    alone costs. `save`: folder for the quantized model. `export`: ONNX file.
+    alone costs. `save`: folder for the quantized model. `export`: ONNX file. `opset`: of that file; None: the oldest
+    that stores it without waste.
 
     Raises `UserError` for what cannot go together.
     """
@@ -54,8 +55,11 @@ class QuantTask(Task):
     sensitivity: bool = False
     save: str | Path | None = None
     export: str | Path | None = None
+    opset: int | None = None
 
     def __post_init__(self) -> None:
+        if self.opset is not None and not self.export:
+            raise UserError("--opset is the version of the file of --export, which is not given")
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
             raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
 
@@ -86,7 +90,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     if task.save:
         require_own_folder(task.save)
     if task.export:
-        export.require_export(task.export, model)
+        export.require_export(task.export, model, config, task.opset)
     test_set = evaluation_set(model, task.data)
     chosen, image_size = limited(test_set, task.data.val_limit), model.preprocessing.input_size
     data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
@@ -103,7 +107,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         if task.export:
             file = Path(task.export).expanduser()
             if rank() == 0:
-                export.export(file, quantized, model, config, test_set.classes)
+                export.export(file, quantized, model, config, test_set.classes, task.opset)
             models["export"] = export.OnnxModel(file)
     accuracy = evaluate(models, data, device, "quant" if task.export else None, task.run.progress, task.run.eager)
 
@@ -128,7 +132,11 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     if rank() == 0:
         if task.export:
             difference = round(report["export"]["top1"] - report["quant"]["top1"], 3)
-            report["export"] |= {"file": str(file), "top1_difference": difference, **export.speed(file, vit, model)}
+            report["export"] |= {
+                "file": str(file),
+                "top1_difference": difference,
+                **export.speed(file, vit, model, task.opset),
+            }
         if task.sensitivity:
             write_json(output / "sensitivity.json", report["sensitivity"])
             save_sensitivity(output / "sensitivity.png", report["sensitivity"])

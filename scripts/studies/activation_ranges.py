@@ -45,7 +45,7 @@ def kind(name: str) -> str:
 def widths(quantized: SparseViT) -> dict[str, float]:
     """Width of the range of every uniform quantizer, by name."""
     return {
-        name: quantizer.scale.item() * quantizer.high
+        name: quantizer.scale.item() * (quantizer.high - quantizer.low)
         for name, quantizer in quantizers(quantized).items()
         if isinstance(quantizer, ActivationQuantizer)
     }
