@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.registry import NAMED_MODELS, WEIGHTS_DIR
 from utils.cli import setting
 from utils.errors import UserError
+from utils.files import atomic_files
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
@@ -86,11 +86,8 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+    with atomic_files(folder) as partial:
         save_for_hf(student.vit, partial, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
-        for file in Path(partial).iterdir():
-            file.replace(folder / file.name)
 
 
 def _backbone(teacher: LoadedModel, name: str | None) -> Path | None:

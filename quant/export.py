@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,25 +47,29 @@ def require_export(file: str | Path, model: LoadedModel) -> None:
 
 def export(file: str | Path, vit: SparseViT, model: LoadedModel, config: QuantConfig, classes: list[str]) -> Path:
     """Write `vit`, quantized with `config`, with the preprocessing and the classes that it needs; see `onnx_model`."""
+    path, written = Path(file).expanduser(), _serialized(vit, model, config, classes)
+    with atomic(path) as partial:
+        partial.write_bytes(written)
+    return path
+
+
+def _serialized(vit: SparseViT, model: LoadedModel, config: QuantConfig, classes: list[str]) -> bytes:
+    """What `export` writes."""
     from quant.onnx_graph import onnx_model
 
-    path = Path(file).expanduser()
     metadata = {
         "model": model.name,
         "preprocessing": json.dumps(dataclasses.asdict(model.preprocessing)),
         "classes": json.dumps(list(classes)),
         "quantization": json.dumps({"w_bit": config.w_bit, "a_bit": config.a_bit, "observer": config.method}),
     }
-    proto = onnx_model(copy.deepcopy(vit), metadata)
-    with atomic(path) as partial:
-        partial.write_bytes(proto.SerializeToString())
-    return path
+    return onnx_model(copy.deepcopy(vit), metadata).SerializeToString()
 
 
 class OnnxModel:
-    """An ONNX file in ONNX Runtime on the CPU, for `evaluate`."""
+    """An ONNX file, or what is in one, in ONNX Runtime on the CPU, for `evaluate`."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | bytes) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -75,7 +78,7 @@ class OnnxModel:
         if not torch.cpu.get_capabilities().get("avx512_vnni"):
             # Without it, products of uint8 and int8 are summed in 16 bits on some CPUs, which overflow.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def forward_images(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalized images (B, C, H, W)."""
@@ -93,15 +96,14 @@ def speed(file: Path, vit: SparseViT, model: LoadedModel) -> dict:
         `quantized`, `float32` (both in ONNX Runtime) and `pytorch` (float32).
     """
     vit = copy.deepcopy(vit).cpu()
-    with tempfile.TemporaryDirectory() as folder:
-        plain = export(Path(folder, "float32.onnx"), vit, model, QuantConfig(32, 32), [])
-        sizes = file.stat().st_size, plain.stat().st_size
-        models = {"quantized": OnnxModel(file), "float32": OnnxModel(plain), "pytorch": vit}
-        images = torch.randn(32, *model.preprocessing.input_size)
-        latency, throughput = (
-            _medians({name: (lambda m=m, x=x: m.forward_images(x)) for name, m in models.items()})
-            for x in (images[:1], images)
-        )
+    plain = _serialized(vit, model, QuantConfig(32, 32), [])
+    sizes = file.stat().st_size, len(plain)
+    models = {"quantized": OnnxModel(file), "float32": OnnxModel(plain), "pytorch": vit}
+    images = torch.randn(32, *model.preprocessing.input_size)
+    latency, throughput = (
+        _medians({name: (lambda m=m, x=x: m.forward_images(x)) for name, m in models.items()})
+        for x in (images[:1], images)
+    )
     return {
         "bytes": sizes[0],
         "float32_bytes": sizes[1],

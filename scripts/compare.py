@@ -22,7 +22,7 @@ from torch import Tensor
 from inversion import SynthesisReport
 from models import SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import check_bits, fitting, quantize
+from quant import check_bits, fitting, quantize, quantized_once, remove_quantized
 from scripts.comparison import (
     REFUSED,
     VARIES,
@@ -138,17 +138,25 @@ class Bench:
         method, task = cells[0].method, cells[0].task
         configs = {cell.width: fitting(self.vit, cell.task.quantization) for cell in cells}
         keys = {cell.width: {**cell.task.settings(), **self.facts} for cell in cells}
+        folders = {width: task.folder / f"quantized-{width.replace('/', '')}" for width in keys}
         missing = [width for width, key in keys.items() if rows.find(key) is None]
         if missing:
             print(f"== {self.model.name}, {method.name}, seed {task.run.seed}", flush=True)
             images, cost = self.images(task)
             save_images(task.folder / "images.png", images, self.model)
-            models = {width: quantize(self.vit, images, configs[width], task.run.progress) for width in missing}
+            models = {
+                width: quantized_once(
+                    folders[width], self.vit, images, self.model, configs[width], [], task.run.progress
+                )[0]
+                for width in missing
+            }
             for width, result in self.evaluated(models, task.run.progress).items():
                 row = {"task": "quant", "model": self.model.name, "method": method.name, "prior": method.prior}
                 row |= {"strategy": method.strategy, "seed": task.run.seed, "width": width}
                 row |= {**result, "val_images": len(self.data.dataset), **costs(cost, len(images))}
                 rows.add(keys[width], row)
+        for folder in folders.values():  # a row is all that is asked of them
+            remove_quantized(folder)
         return [rows.find(key) for key in keys.values()]
 
 

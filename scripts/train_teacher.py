@@ -41,7 +41,7 @@ from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, se
 from utils.data import DataConfig, Reading, limited, load_split, loader, tell_transparent
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
-from utils.files import writable_folder, write_json
+from utils.files import atomic_files, writable_folder, write_json
 from utils.image_files import listing, subfolders
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
@@ -299,7 +299,8 @@ def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, f
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
     names = {"label_names": labels}
     model_config = {**names, "pretrained_cfg": {**names, "tag": config.data}}
-    save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
+    with atomic_files(folder) as partial:
+        save_for_hf(vit.cpu(), partial, model_config, safe_serialization=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
