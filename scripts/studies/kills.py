@@ -59,7 +59,7 @@ def run(script: str, folder: Path, changes: Any, die_at: int = 0) -> None:
     Args:
         script: of `PROGRAMS`.
         folder: what it writes goes here, what it says beside it.
-        changes: a shared integer, which counts changes of files.
+        changes: a shared integer that counts changes of files.
         die_at: the number of the change before which the group is killed, 0 for none.
     """
     os.setsid()
@@ -120,9 +120,10 @@ class Runs:
 
     def at_changes(self, count: int) -> None:
         """At most `count` kills, each before another change of a file, spread over those of an undisturbed run."""
-        for number in range(min(count, self.changes)):
+        count = min(count, self.changes)
+        for number in range(count):
             folder = self._folder()
-            process, _ = self._start(folder, die_at=1 + number * self.changes // min(count, self.changes))
+            process, _ = self._start(folder, die_at=1 + (2 * number + 1) * self.changes // (2 * count))
             process.join()
             self.kills += 1
             self._compare(folder)
@@ -138,7 +139,7 @@ class Runs:
 
     def _start(self, folder: Path, fresh: bool = False, die_at: int = 0) -> tuple[Any, Any]:
         context = multiprocessing.get_context("spawn" if fresh else "fork")
-        changes = context.Value("i", 0)
+        changes = context.Value("i", 0, lock=False)
         process = context.Process(target=run, args=(self.script, folder, changes, die_at))
         process.start()
         return process, changes
