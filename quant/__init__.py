@@ -7,13 +7,7 @@
 from quant.calibration import calibrate, fitting, quantize
 from quant.config import QuantConfig, check_bits
 from quant.observers import OBSERVERS
-from quant.storage import (
-    load_quantized,
-    quantized_once,
-    remove_quantized,
-    require_own_folder,
-    save_quantized,
-)
+from quant.storage import load_quantized, require_own_folder, save_quantized
 
 __all__ = [
     "OBSERVERS",
@@ -23,8 +17,6 @@ __all__ = [
     "fitting",
     "load_quantized",
     "quantize",
-    "quantized_once",
-    "remove_quantized",
     "require_own_folder",
     "save_quantized",
 ]

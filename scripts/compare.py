@@ -22,7 +22,8 @@ from torch import Tensor
 from inversion import SynthesisReport
 from models import SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import check_bits, fitting, quantize, quantized_once, remove_quantized
+from quant import check_bits, fitting, quantize
+from quant.storage import quantized_once, remove_quantized
 from scripts.comparison import (
     REFUSED,
     VARIES,

@@ -187,6 +187,16 @@ def test_the_seconds_of_a_batch_are_known_whenever_it_is_there(tmp_path, model, 
     assert report.seconds == pytest.approx(sum(line["seconds"] for line in lines))
 
 
+def test_a_batch_that_is_made_again_has_one_course_in_tensorboard(tmp_path, model, monkeypatch):
+    pytest.importorskip("tensorboard")
+    pool = ImagePool(tmp_path / "pool", model, InversionConfig(**CONFIG))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", stop_at("000000.json"))
+        synthesize(pool, 3, CPU, tensorboard=tmp_path / "events")
+    synthesize(pool, 3, CPU, tensorboard=tmp_path / "events")
+    assert len(list((tmp_path / "events" / "batch-000000").iterdir())) == 1
+
+
 def kt(tmp_path: Path, *args: object) -> dict:
     folders = ["--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]
     return test_kt.main([*KT, *folders, *map(str, args)])

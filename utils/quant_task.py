@@ -10,9 +10,10 @@ import torch
 from inversion import Inverter, SynthesisReport, configured
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import QuantConfig, export, fitting, quantized_once, require_own_folder, save_quantized
+from quant import QuantConfig, export, fitting, require_own_folder, save_quantized
 from quant.fidelity import fidelity
 from quant.sensitivity import save_sensitivity, sensitivity
+from quant.storage import quantized_once
 from utils.cli import by_flag
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, pick_dtype, seed_all
