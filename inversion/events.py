@@ -21,7 +21,10 @@ def write_events(folder: Path, batch: int, losses: Sequence[float], stages: Sequ
     """Loss and patches left at every iteration of a batch, as a run of its own in `folder`."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / f"batch-{batch:06d}")) as writer:
+    folder = folder / f"batch-{batch:06d}"
+    for left in folder.glob("events.out.tfevents.*"):  # by a run that was stopped before the batch counted
+        left.unlink()
+    with SummaryWriter(str(folder)) as writer:
         for iteration, loss in enumerate(losses):
             writer.add_scalar("inversion/loss", loss, iteration)
         for stage in stages:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,14 +47,14 @@ class ImagePool:
         config: how.
 
     Raises:
-        UserError: the folder cannot be written, or holds something else.
+        UserError: there is no pool yet and the folder cannot be written, or it holds something else.
     """
 
     def __init__(self, root: str | Path, model: LoadedModel, config: InversionConfig) -> None:
         self._describe(model, config)
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "_", short_name(model.name))
-        self.path = writable_folder(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
+        self.path = Path(root).expanduser() / f"{name}-{config.strategy}-s{config.seed}-{digest}"
         with rank_zero_first():
             self._open()
 
@@ -98,8 +99,11 @@ class ImagePool:
         """How many batches are complete, from the first on without a gap."""
         return next(batch for batch in itertools.count() if not self.has(batch))
 
-    def write(self, batch: int, inverted: InvertedBatch) -> None:
-        """Add a batch: its images first, then the file that makes it count."""
+    def write(self, batch: int, inverted: InvertedBatch, just_before: Callable[[], None] | None = None) -> None:
+        """Add a batch: its images first, then the file that makes it count.
+
+        `just_before` is called between the two: for what has to be there of every batch that counts.
+        """
         images = inverted.images
         pixels = self.model.preprocessing.denormalize(images.patches).clamp(0, 1)
         for index, (image, label) in enumerate(
@@ -121,6 +125,9 @@ class ImagePool:
             "kept_positions": images.positions.tolist(),
             "losses": [float(f"{loss:.6g}") for loss in inverted.losses.tolist()],
         }
+        self._batch_file(batch).parent.mkdir(exist_ok=True)
+        if just_before is not None:
+            just_before()
         write_json(self._batch_file(batch), record)
 
     def read(self, count: int, first: int = 0) -> SparseImages:
@@ -166,15 +173,15 @@ class ImagePool:
 
     def _open(self) -> None:
         file = self.path / "pool.json"
-        if file.is_file():
+        if os.path.isfile(file):  # then it may be on a disk that cannot be written
             if read_json(file) != self.description:
                 raise UserError(f"{self.path} was written by another configuration; give another --datapool")
-        elif self.path.exists() and any(not entry.name.startswith(".pool.json") for entry in self.path.iterdir()):
+            return
+        writable_folder(self.path.parent, "--datapool")
+        if self.path.exists() and any(not entry.name.startswith(".pool.json") for entry in self.path.iterdir()):
             raise UserError(f"{self.path} holds files but no pool.json; give another --datapool")
-        else:
-            self.path.mkdir(exist_ok=True)
-            write_json(file, self.description)
-        (self.path / "batches").mkdir(exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        write_json(file, self.description)
 
     def _records(self, count: int, first: int = 0) -> Iterator[dict]:
         for batch in range(first // self.config.batch_size, -(-count // self.config.batch_size)):

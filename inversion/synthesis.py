@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +21,7 @@ from inversion.pool import ImagePool
 from models import LoadedModel
 from utils.device import peak_memory_bytes, pick_device, reset_peak_memory
 from utils.errors import UserError
-from utils.files import append_json_line, read_json_lines
+from utils.files import append_json_line, read_json_lines, writable_folder, write_json_lines
 from utils.ranks import rank, ranks, wait_for_all
 
 
@@ -104,8 +105,8 @@ def synthesize(
         eager: as for `Inverter`.
 
     Raises:
-        UserError: another process is filling the pool, the loss is no longer finite, or more ranks than batches.
-            A callback's errors go through.
+        UserError: the pool lacks images and cannot be written or another process is filling it, the loss is no longer
+            finite, or more ranks than batches. A callback's errors go through.
     """
     config = pool.config
     if config.needs("earlier") and ranks() > 1:
@@ -118,8 +119,11 @@ def synthesize(
             "start fewer, or ask for smaller batches or more images"
         )
     with open(pool.path / "pool.json") as held:
-        if rank() == 0:
+        if rank() == 0 and not all(map(pool.has, batches)):
+            writable_folder(pool.path, "--datapool")
             _lock(held, pool)
+            if log is not None:
+                _forget_others(log, pool)
         missing = [batch for batch in batches if not pool.has(batch)]
         wait_for_all()  # before anyone adds one
         missing = missing[rank() :: ranks()]
@@ -129,11 +133,9 @@ def synthesize(
                 reset_peak_memory(device)
                 start = time.perf_counter()
                 inverted = inverter.invert(batch, _shown(bar, number * config.iterations), on_stage)
-                pool.write(batch, inverted)
-                if log is not None:
-                    _append(log, pool, batch, time.perf_counter() - start, peak_memory_bytes(device))
                 if tensorboard is not None:
                     write_events(tensorboard, batch, inverted.losses.tolist(), inverter.stages)
+                pool.write(batch, inverted, None if log is None else partial(_append, log, pool, batch, start, device))
         wait_for_all()
     return _report(pool, count, inverter, log)
 
@@ -179,9 +181,17 @@ def _shown(bar: tqdm, offset: int):
     return show
 
 
-def _append(log: Path, pool: ImagePool, batch: int, seconds: float, peak: int) -> None:
-    entry = {"pool": pool.path.name, "batch": batch, "seconds": round(seconds, 3), "peak_memory_bytes": peak}
-    append_json_line(log, entry)
+def _append(log: Path, pool: ImagePool, batch: int, start: float, device: torch.device) -> None:
+    seconds, peak = round(time.perf_counter() - start, 3), peak_memory_bytes(device)
+    append_json_line(log, {"pool": pool.path.name, "batch": batch, "seconds": seconds, "peak_memory_bytes": peak})
+
+
+def _forget_others(log: Path, pool: ImagePool) -> None:
+    """Take batches that the pool lacks out of the log: a kill came between the two, or the pool is another one now."""
+    entries = read_json_lines(log)
+    kept = [entry for entry in entries if entry["pool"] != pool.path.name or pool.has(entry["batch"])]
+    if len(kept) < len(entries):
+        write_json_lines(log, kept)
 
 
 def _logged(log: Path, pool: ImagePool) -> dict[int, dict]:

@@ -208,6 +208,18 @@ def distill(
         distiller.load_state_dict(state["distiller"])
         found = Distilled(**state["progress"])
     begun, hidden = len(found.history), not progress or rank() > 0
+
+    def finish(epoch: int) -> None:
+        """Evaluate where it is time; what was learnt is kept, whatever becomes of that."""
+        try:
+            if evaluate is not None and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+                found.evaluated(distiller, evaluate)
+        finally:
+            if checkpoint is not None and rank() == 0:
+                checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
+
+    if begun and found.history[-1]["top1"] is None:
+        finish(begun - 1)
     with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):
             fed = of_epoch(epoch)
@@ -216,10 +228,7 @@ def distill(
             found.seconds += time.perf_counter() - start
             found.images = len(fed)
             found.history.append({"loss": round(loss, 5), "top1": None, "images": len(fed)})
-            if evaluate is not None and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
-                found.evaluated(distiller, evaluate)
-            if checkpoint is not None and rank() == 0:
-                checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
+            finish(epoch)
             bar.set_postfix(loss=f"{loss:.4g}", best=f"{found.best_top1:.2f}", images=len(fed), refresh=False)
             bar.update()
     if evaluate is not None:

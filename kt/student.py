@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +11,7 @@ from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
 from models.registry import save_local_dir
 from utils.errors import UserError
+from utils.files import atomic_files
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
@@ -63,11 +63,8 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+    with atomic_files(folder) as partial:
         save_local_dir(student, partial, "student", **facts)
-        for file in Path(partial).iterdir():
-            file.replace(folder / file.name)
 
 
 def _backbone(teacher: LoadedModel, name: str | None) -> Path | None:

@@ -133,9 +133,9 @@ def export(
         classes: names of the classes, in order.
         opset: see `onnx_model`; None: `default_opset`.
     """
-    path = Path(file).expanduser()
+    path, written = Path(file).expanduser(), _serialized(vit, model, config, classes, opset)
     with atomic(path) as partial:
-        partial.write_bytes(_serialized(vit, model, config, classes, opset))
+        partial.write_bytes(written)
     return path
 
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import LoadedModel, SparseViT
+from models import LoadedModel, SparseImages, SparseViT
 from models.registry import bare_model
-from quant.calibration import fitting
+from quant.calibration import fitting, quantize
 from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
+from utils.device import device_name, versions
 from utils.errors import UserError
 from utils.files import atomic, read_json, writable_folder, write_json
+from utils.ranks import rank, ranks, summed
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "quantized.json"
+WEIGHTS, CONFIG, MADE_FROM = "model.safetensors", "quantized.json", "made_from.json"
 
 
 def save_quantized(
     folder: str | Path, quantized: SparseViT, model: LoadedModel, config: QuantConfig, classes: list[str]
 ) -> Path:
     """Write a quantized model so that `load_quantized(folder)` gives the same logits.
+
+    A model that is there already is replaced; at no moment does the folder look like one that it does not hold.
 
     Args:
         folder: made if needed; gets `model.safetensors` (weights as int8 with their scales) and `quantized.json`.
@@ -46,8 +54,16 @@ def save_quantized(
             state[f"{name}.linear.weight"] = layer.integers().cpu()
     with atomic(folder / WEIGHTS) as partial:
         save_file(state, partial)
+        for name in (MADE_FROM, WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / CONFIG, _about(model, config, classes))
+    return folder
+
+
+def _about(model: LoadedModel, config: QuantConfig, classes: list[str]) -> dict[str, object]:
+    """What `quantized.json` says."""
     timm_name, args = model.architecture
-    about = {
+    return {
         "format": FORMAT,
         "model": model.name,
         "architecture": timm_name,
@@ -56,16 +72,75 @@ def save_quantized(
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "classes": classes,
     }
-    write_json(folder / CONFIG, about)
-    return folder
 
 
-def require_own_folder(folder: str | Path) -> Path:
+def require_own_folder(folder: str | Path, flag: str = "--save") -> Path:
     """Make the folder if needed. Raises `UserError` where it cannot be written to, or holds another model's weights."""
-    folder = writable_folder(folder, "--save")
+    folder = writable_folder(folder, flag)
     if (folder / WEIGHTS).exists() and not (folder / CONFIG).exists():
-        raise UserError(f"--save {folder} holds another model's {WEIGHTS}; give another folder")
+        raise UserError(f"{flag} {folder} holds another model's {WEIGHTS}; give another folder")
     return folder
+
+
+def quantized_once(
+    folder: Path,
+    vit: SparseViT,
+    images: SparseImages,
+    model: LoadedModel,
+    config: QuantConfig,
+    classes: list[str],
+    progress: bool = False,
+) -> tuple[SparseViT, float]:
+    """`quantize`, and the seconds that it took; a run that ends later finds the model in `folder`.
+
+    What is there is taken where it was made by the same code, on the same device, from the same weights, images and
+    settings; else it is replaced. Nothing is written where nothing is quantized.
+
+    Args:
+        folder: for the model, as `save_quantized` writes it, and `made_from.json`, which is written last.
+        vit: as for `quantize`; `model` on its device.
+        images: as for `quantize`.
+        model: as for `save_quantized`, as are `config` and `classes`.
+        progress: as for `quantize`.
+
+    Raises:
+        UserError: what `quantize`, `save_quantized` and `load_quantized` raise.
+    """
+    if config.w_bit == config.a_bit == 32:
+        return quantize(vit, images, config, progress), 0.0
+    made, digest = folder / MADE_FROM, _digest(vit, images, model, config, classes)
+    found = read_json(made) if made.is_file() and (folder / WEIGHTS).is_file() else {}
+    if summed([float(found.get("digest") == digest)], vit.device)[0] == ranks():
+        return load_quantized(folder).to(vit.device), found["seconds"]
+    start = time.perf_counter()
+    quantized = quantize(vit, images, config, progress)
+    seconds = round(time.perf_counter() - start, 3)
+    if rank() == 0:
+        save_quantized(folder, quantized, model, config, classes)
+        write_json(made, {"digest": digest, "seconds": seconds})
+    return quantized, seconds
+
+
+def remove_quantized(folder: Path) -> None:
+    """Take away what `quantized_once` left in `folder`, and the folder if nothing else is in it."""
+    for name in (MADE_FROM, CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _digest(vit: SparseViT, images: SparseImages, model: LoadedModel, config: QuantConfig, classes: list[str]) -> str:
+    """SHA-256 of all that the model and what is written beside it depend on."""
+    machine = {"device": device_name(vit.device), "ranks": ranks(), **versions()}
+    settings = {**_about(model, config, classes), "weights": model.fingerprint(), **machine}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (images.patches, images.positions):
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    root = Path(__file__).parents[1]
+    for file in sorted((*root.glob("quant/*.py"), *root.glob("models/*.py"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def load_quantized(folder: str | Path) -> SparseViT:

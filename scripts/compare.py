@@ -150,23 +150,32 @@ class Bench:
 
     def run(self, cells: Sequence[Cell], rows: Rows) -> list[dict]:
         """The rows of cells that differ in their width alone, evaluated in one pass over the data."""
-        from quant import fitting, quantize
+        from quant import fitting
+        from quant.storage import quantized_once, remove_quantized
         from utils.pictures import save_images
 
         method, task = cells[0].method, cells[0].task
         configs = {cell.width: fitting(self.vit, cell.task.quantization) for cell in cells}
         keys = {cell.width: {**cell.task.settings(), **self.facts} for cell in cells}
+        folders = {width: task.folder / f"quantized-{width.replace('/', '')}" for width in keys}
         missing = [width for width, key in keys.items() if rows.find(key) is None]
         if missing:
             print(f"== {self.model.name}, {method.name}, seed {task.run.seed}", flush=True)
             images, cost = self.images(task)
             save_images(task.folder / "images.png", images, self.model)
-            models = {width: quantize(self.vit, images, configs[width], task.run.progress) for width in missing}
+            models = {
+                width: quantized_once(
+                    folders[width], self.vit, images, self.model, configs[width], [], task.run.progress
+                )[0]
+                for width in missing
+            }
             for width, result in self.evaluated(models, task.run.progress).items():
                 row = {"task": "quant", "model": self.model.name, "method": method.name, "prior": method.prior}
                 row |= {"strategy": method.strategy, "seed": task.run.seed, "width": width}
                 row |= {**result, "val_images": len(self.data.dataset), **costs(cost, len(images))}
                 rows.add(keys[width], row)
+        for folder in folders.values():  # a row is all that is asked of them
+            remove_quantized(folder)
         return [rows.find(key) for key in keys.values()]
 
 

@@ -34,7 +34,7 @@ from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, se
 from utils.config import DataConfig, Reading
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError
-from utils.files import writable_folder, write_json
+from utils.files import atomic_files, writable_folder, write_json
 from utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -235,14 +235,13 @@ class Trainer:
             t_in_epochs=False,
         )
         self.history: list[dict[str, float]] = []
-        """Loss, top-1 and seconds of each finished epoch."""
+        """Loss, seconds and top-1 of each finished epoch; top-1 is None until it is evaluated."""
 
-    def run_epoch(self, test: DataLoader) -> None:
-        """Train on every image once, evaluate, and add a line to the history."""
+    def run_epoch(self) -> None:
+        """Train on every image once, and add a line to the history."""
         start = time.perf_counter()
         loss = self._train_epoch()
-        top1 = self.evaluate(test)
-        self.history.append({"loss": round(loss, 4), "top1": top1, "seconds": round(time.perf_counter() - start, 1)})
+        self.history.append({"loss": round(loss, 4), "top1": None, "seconds": round(time.perf_counter() - start, 1)})
 
     def _train_epoch(self) -> float:
         """One pass over the training images; the mean loss of an image. Raises `UserError` where it diverges."""
@@ -324,7 +323,8 @@ def save_model(model: LoadedModel, labels: list[str], config: TrainConfig, folde
     if config.init == "scratch":  # nothing is left of the weights that this licence is for
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
     vit.pretrained_cfg = {**vit.pretrained_cfg, "label_names": labels}
-    save_local_dir(model, folder, config.data, label_names=labels)
+    with atomic_files(folder) as partial:
+        save_local_dir(model, partial, config.data, label_names=labels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -344,10 +344,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.state is not None:
         trainer.load_state_dict(checkpoint.state)
         print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
-    while len(trainer.history) < config.epochs:
-        trainer.run_epoch(test)
-        checkpoint.write(trainer.state_dict())
+    while (pending := trainer.history and trainer.history[-1]["top1"] is None) or len(trainer.history) < config.epochs:
+        if not pending:
+            trainer.run_epoch()
+            checkpoint.write(trainer.state_dict())  # before the evaluation, which may fail
         last = trainer.history[-1]
+        last["top1"] = trainer.evaluate(test)
+        checkpoint.write(trainer.state_dict())
         print(f"epoch {len(trainer.history)}: loss {last['loss']:.3f}, top-1 {last['top1']:.2f}%, {last['seconds']} s")
     save_model(loaded, labels, config, folder)
     result = {"top1": trainer.history[-1]["top1"], "test_images": len(test.dataset), "train_images": len(train.dataset)}

@@ -76,6 +76,23 @@ def test_a_fine_tuned_model_has_a_new_head_and_loads_in_timm_and_in_the_registry
     torch.testing.assert_close(logits_of(out), loaded.vit(torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32)))
 
 
+def test_an_epoch_outlives_an_evaluation_that_failed(flags, folder, tmp_path):
+    flags = [*flags, "--noise", "0.5"]
+    train_teacher.main([*flags, "--output", str(tmp_path / "straight")])
+    last = folder / "val" / "red" / "3.png"
+    image = last.read_bytes()
+    last.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"red/3\.png"):
+        train_teacher.main(flags)
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["state"]["history"][0]["top1"] is None
+    last.write_bytes(image)
+    train_teacher.main(flags)
+    assert losses(tmp_path / "out") == losses(tmp_path / "straight")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "straight" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_training_drops_patches_and_adds_noise_and_evaluation_does_not(flags, monkeypatch):
     seen = {"train": [], "test": []}
 

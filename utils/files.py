@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,23 @@ def atomic(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; when the block ends well, its files take the places of those in `folder`.
+
+    As with `atomic` its name is fixed, `.part` in `folder`; what a killed run left there is removed.
+    """
+    partial = folder / ".part"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in sorted(partial.iterdir()):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic(path) as partial:
@@ -40,11 +59,21 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add `value` to a file of JSON lines; a line that a kill cut off is ended first."""
+    """Add `value` to a file of JSON lines; what a kill left of a line is taken away first."""
     with open(path, "ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
-            file.write(b"\n")
+        file.seek(0)
+        last = file.read().rpartition(b"\n")[2]
+        try:
+            file.write(b"\n" if last and json.loads(last) else b"")
+        except ValueError:
+            file.truncate(file.tell() - len(last))
         file.write((json.dumps(value) + "\n").encode())
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write `values` as `append_json_line` would one by one, atomically."""
+    with atomic(path) as partial:
+        partial.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -61,9 +90,8 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # has no name, so that a kill leaves none
+            pass
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written to: {error.strerror}") from None
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import torch
 from inversion import SynthesisReport, configured
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
+from quant import QuantConfig, export, fitting, require_own_folder, save_quantized
 from quant.fidelity import fidelity
 from quant.sensitivity import save_sensitivity, sensitivity
+from quant.storage import quantized_once
 from utils.cli import by_flag
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, pick_dtype, seed_all
@@ -80,6 +80,8 @@ class QuantTask(Task):
 def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     """Run the task, on one rank of a `process_group`; its report, which stands in the output folder with pictures.
 
+    The folder also gets the quantized model as soon as there is one, and the same task goes on from there.
+
     Raises `UserError` for whatever the user can mend; what can be refused is refused before anything is computed.
     """
     device = device or pick_device(task.run.device, task.run.gpu)
@@ -87,8 +89,11 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     model = load_model(task.model)
     config = fitting(SparseViT(model.vit), task.quantization)
     output = task.folder
-    if task.save:
-        require_own_folder(task.save)
+    kept, saved = output / "quantized", task.save and Path(task.save).expanduser()
+    if not config.w_bit == config.a_bit == 32:
+        require_own_folder(kept, "--output")
+    if saved:
+        require_own_folder(saved)
     if task.export:
         export.require_export(task.export, model, config, task.opset)
     test_set = evaluation_set(model, task.data)
@@ -97,13 +102,11 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
 
     images, synthesis, curve = _calibration(task, model, device, output)
     vit = model.sparse(device)
-    start = time.perf_counter()
-    quantized = quantize(vit, images, config, task.run.progress)
-    seconds = time.perf_counter() - start
+    quantized, seconds = quantized_once(kept, vit, images, model, config, test_set.classes, task.run.progress)
     models = {"fp": vit, "quant": quantized}
     with rank_zero_first():
-        if task.save and rank() == 0:
-            save_quantized(task.save, quantized, model, config, test_set.classes)
+        if saved and saved.resolve() != kept.resolve() and rank() == 0:
+            save_quantized(saved, quantized, model, config, test_set.classes)
         if task.export:
             file = Path(task.export).expanduser()
             if rank() == 0:
@@ -123,7 +126,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         **accuracy,
         "inversion": asdict(synthesis),
         "calibration_images": len(images),
-        "calibration_seconds": round(seconds, 3),
+        "calibration_seconds": seconds,
     }
     if task.check_images:
         report["check"] = _check(task, model, vit, quantized, images, config)

@@ -131,7 +131,7 @@ def transfer_report(
         "distill": {"seconds": round(found.seconds, 3), "steps": len(found.history) * task.distillation.steps},
         "history": found.history,
     }
-    shown = images(len(found.history) - 1)
+    shown = images(len(found.history) - 1).at(slice(found.images))  # a pool may have grown since they were used
     if rank() == 0:
         facts = {"top1": found.best_top1, "test_images": report["teacher"]["images"], "label_names": test_set.classes}
         save_student(student, teacher, output / "student", **facts)
