@@ -211,7 +211,8 @@ def test_the_run_reports_and_saves_what_it_says(tmp_path):
     tops = [entry["top1"] for entry in report["history"]]
     assert tops[0] is None
     assert report["student"] == {"top1": tops[2], "best_top1": max(tops[1:])}
-    vit = timm.create_model(f"local-dir:{tmp_path / 'out' / 'student'}", pretrained=True).eval()
+    file = tmp_path / "out" / "student" / "model.safetensors"
+    vit = timm.create_model(f"local-dir:{file.parent}", checkpoint_path=str(file)).eval()
     assert vit.num_classes == 10
     assert json.loads((tmp_path / "out" / "student" / "config.json").read_text())["top1"] == max(tops[1:])
 
