@@ -46,7 +46,7 @@ def test_the_bundled_model_needs_nothing():
 
 def test_the_bundled_model_is_also_a_timm_local_dir():
     folder = NAMED_MODELS[DEFAULT_MODEL].weights.parent
-    vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    vit = timm.create_model(f"local-dir:{folder}", checkpoint_path=f"{folder}/model.safetensors").eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vit(images), load_model(DEFAULT_MODEL).vit(images))
     config = timm.data.resolve_model_data_config(vit)

@@ -322,7 +322,7 @@ CONVERTED = {
     "a palette": (lambda image: image.convert("P"), "png", {}),
     "16 bits, PNG": (lambda image: Image.fromarray(np.asarray(image) * np.uint16(257)), "png", {}),
     "16 bits, TIFF": (lambda image: Image.fromarray(np.asarray(image) * np.uint16(257)), "tiff", {}),
-    "16 bits, PGM": (lambda image: Image.fromarray(np.asarray(image) * np.uint16(257)), "pgm", {}),
+    "16 bits, PGM": (lambda image: Image.fromarray(np.asarray(image) * np.int32(257)), "pgm", {}),
     "opaque alpha": (lambda image: image.convert("RGBA"), "png", {}),
     "black ink on white": (lambda image: veiled(image, 0), "png", {}),
     "white ink on black": (lambda image: veiled(image, 255), "png", {"background": (0, 0, 0)}),

@@ -53,7 +53,7 @@ def flags(folder, teacher, tmp_path):
 
 
 def logits_of(folder):
-    vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    vit = timm.create_model(f"local-dir:{folder}", checkpoint_path=f"{folder}/model.safetensors").eval()
     with torch.inference_mode():
         return vit(torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32))
 

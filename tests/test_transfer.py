@@ -211,7 +211,8 @@ def test_the_run_reports_and_saves_what_it_says(tmp_path):
     tops = [entry["top1"] for entry in report["history"]]
     assert tops[0] is None
     assert report["student"] == {"top1": tops[2], "best_top1": max(tops[1:])}
-    vit = timm.create_model(f"local-dir:{tmp_path / 'out' / 'student'}", pretrained=True).eval()
+    file = tmp_path / "out" / "student" / "model.safetensors"
+    vit = timm.create_model(f"local-dir:{file.parent}", checkpoint_path=str(file)).eval()
     assert vit.num_classes == 10
     assert json.loads((tmp_path / "out" / "student" / "config.json").read_text())["top1"] == max(tops[1:])
 
@@ -347,7 +348,8 @@ def test_two_ranks_transfer_as_one_does(tmp_path):
         assert result.stdout.count("student, best") == 1
     assert pool_files(tmp_path / "one-pool") == pool_files(tmp_path / "two-pool")
     one, two = (
-        timm.create_model(f"local-dir:{tmp_path / name / 'student'}", pretrained=True) for name in ("one", "two")
+        timm.create_model(f"local-dir:{folder}", checkpoint_path=f"{folder}/model.safetensors")
+        for folder in (tmp_path / "one" / "student", tmp_path / "two" / "student")
     )
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["teacher"] == pytest.approx(reports[1]["teacher"])
