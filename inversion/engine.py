@@ -320,9 +320,11 @@ class Inverter:
         """A fresh optimizer of the canvas."""
         on_gpu = self.device.type == "cuda"
         kind = {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
-        # What a CUDA graph shall read anew at every replay must be a tensor.
-        lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
-        return torch.optim.Adam([canvas.pixels], lr=lr, betas=self.config.betas, **kind)
+        optimizer = torch.optim.Adam([canvas.pixels], lr=self.config.lr, betas=self.config.betas, **kind)
+        if on_gpu:
+            # What a CUDA graph shall read anew at every replay must be a tensor. Adam itself would wait for its value.
+            optimizer.param_groups[0]["lr"] = torch.full((), self.config.lr, device=self.device)
+        return optimizer
 
     def _watched(self, stage: Stage, losses: LossLog, on_progress: Callable[[Progress], None] | None) -> Iterator[int]:
         """The iterations of a stage; between them, now and then, a look at the loss that waits for no device."""
