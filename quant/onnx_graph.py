@@ -216,15 +216,22 @@ def _write(graph: Graph, vit: SparseViT) -> None:
         shape = graph.op("Concat", batch, graph.constant(list(prefix.shape[1:]), np.int64), axis=0)
         x = graph.op("Concat", graph.op("Expand", graph.constant(prefix), shape), x, axis=1)
         tokens += prefix.shape[1]
-    x = graph.reshape(graph.norm(graph.quantized(x, vit.tap_embed), vit.norm_pre), -1, width)
+    x, tap = graph.reshape(x, -1, width), vit.tap_embed
+    if not isinstance(vit.norm_pre, nn.Identity):
+        x, tap = graph.norm(graph.quantized(x, tap), vit.norm_pre), nn.Identity()
     for block in vit.blocks:
         queries = vit.last_queries if block is vit.blocks[-1] else None
-        x = _block(graph, block, x, tokens, queries, width)
-    _head(graph, vit, graph.norm(x, vit.norm), vit.last_queries or tokens, width)
+        x, tap = _block(graph, block, x, tap, tokens, queries, width), block.tap_mlp_sum
+    _head(graph, vit, x, tap, vit.last_queries or tokens, width)
 
 
-def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int | None, width: int) -> str:
-    """Rows of tokens (B * tokens, width) -> rows of the first `queries` tokens of every image."""
+def _block(
+    graph: Graph, block: SparseBlock, x: str, tap: nn.Module, tokens: int, queries: int | None, width: int
+) -> str:
+    """Rows of tokens (B * tokens, width), that `tap` quantizes -> rows of the first `queries` tokens of every image.
+
+    Tokens are chosen before they are quantized: with int8 ONNX Runtime's optimizer fails on a reshape behind it.
+    """
 
     def first(rows: str, size: int) -> str:
         """The rows of the first `queries` tokens."""
@@ -236,7 +243,9 @@ def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int |
     def of_heads(rows: str, norm: nn.Module, count: int) -> str:
         return graph.norm(graph.reshape(rows, -1, count, block.heads, inner // block.heads), norm)
 
-    y = graph.norm(x, block.norm1)
+    entering = graph.quantized(x, tap)
+    rest = entering if queries is None else graph.quantized(first(x, width), tap)
+    y = graph.norm(entering, block.norm1)
     inner = (block.proj.linear if isinstance(block.proj, QuantizedLinear) else block.proj).in_features
     q, k, v = graph.thirds(graph.linear(y, block.qkv))
     q = of_heads(first(q, inner), block.q_norm, queries or tokens)
@@ -248,19 +257,22 @@ def _block(graph: Graph, block: SparseBlock, x: str, tokens: int, queries: int |
     out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 2, 1, 3))
     out = graph.norm(graph.reshape(out, -1, inner), block.attn_norm)
     out = graph.scaled(graph.linear(out, block.proj), block.ls1)
-    x = graph.quantized(graph.op("Add", first(x, width), out), block.tap_attn_sum)
+    x = graph.quantized(graph.op("Add", rest, out), block.tap_attn_sum)
     y = graph.linear(graph.norm(x, block.norm2), block.mlp.fc1)
     y = graph.norm(graph.gelu(y, block.mlp.act.approximate), block.mlp.norm)
     y = graph.scaled(graph.linear(y, block.mlp.fc2), block.ls2)
-    return graph.quantized(graph.op("Add", x, y), block.tap_mlp_sum)
+    return graph.op("Add", x, y)
 
 
-def _head(graph: Graph, vit: SparseViT, x: str, tokens: int, width: int) -> None:
-    """Rows of normalized tokens (B * tokens, width) -> logits."""
+def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, width: int) -> None:
+    """Rows of tokens (B * tokens, width), that `tap` quantizes -> logits; as in a block, they are chosen before."""
     head, x = vit.head, graph.reshape(x, -1, tokens, width)
 
+    def normalized(chosen: str) -> str:
+        return graph.norm(graph.quantized(chosen, tap), vit.norm)
+
     def token(index: int) -> str:
-        return graph.op("Gather", x, graph.constant(index, np.int64), axis=1)
+        return normalized(graph.op("Gather", x, graph.constant(index, np.int64), axis=1))
 
     if head.head_dist is not None:
         both = graph.op("Add", graph.linear(token(0), head.head), graph.linear(token(1), head.head_dist))
@@ -271,5 +283,5 @@ def _head(graph: Graph, vit: SparseViT, x: str, tokens: int, width: int) -> None
     else:
         start = 0 if head.include_prefix else head.prefix_tokens
         ends = (graph.constant([value], np.int64) for value in (start, tokens, 1))
-        pooled = graph.mean(graph.op("Slice", x, *ends))
+        pooled = graph.mean(normalized(graph.op("Slice", x, *ends)))
     graph.linear(graph.norm(pooled, head.fc_norm), head.head, result=OUTPUT)

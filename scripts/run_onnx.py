@@ -224,6 +224,7 @@ def _why_not(file: str, error: str) -> str:
     try:
         with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             needed = re.search(rb"requires\x12.onnxruntime>=(\d{1,4})\.(\d{1,4})", data, re.DOTALL)
+            wanted = tuple(int(part) for part in needed.groups()) if needed else ()
             ours = needed or b"sparse-model-inversion" in data[:200]
     except OSError as refused:
         return f"cannot read {file}: {refused.strerror}"
@@ -232,7 +233,6 @@ def _why_not(file: str, error: str) -> str:
     line = error.strip().partition("\n")[0][:160]
     if not ours:
         return f"{file} is no file that --export wrote: {line}"
-    wanted = tuple(map(int, needed.groups())) if needed else ()
     if wanted > tuple(map(int, onnxruntime.__version__.split(".")[:2])):
         newer = ".".join(map(str, wanted))
         return f"{file} needs onnxruntime {newer} or newer, {onnxruntime.__version__} is installed; update it"
