@@ -76,7 +76,8 @@ def ends(tmp_path: Path, body: str, *flags: str) -> tuple[int, str]:
         [sys.executable, program, *flags],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     return done.returncode, done.stderr
@@ -99,6 +100,13 @@ def ends(tmp_path: Path, body: str, *flags: str) -> tuple[int, str]:
     ],
 )
 def test_ctrl_c_is_one_line_and_code_130(tmp_path, body):
+    assert ends(tmp_path, body) == (130, LINE)
+
+
+@pytest.mark.parametrize("to", ["os.kill(os.getpid(), signal.SIGINT)", "os.killpg(os.getpgrp(), signal.SIGINT)"])
+def test_ctrl_c_ends_the_workers_of_a_data_loader_in_silence(tmp_path, to):
+    """The program alone is told, or all of its processes are, as by a terminal; stderr ends with the last of them."""
+    body = f"from torch.utils.data import DataLoader\nfor _ in DataLoader(range(10**6), num_workers=2):\n    {to}"
     assert ends(tmp_path, body) == (130, LINE)
 
 

@@ -62,7 +62,7 @@ def things(folder: Path, programs: Sequence[str]) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for number, (image, label) in enumerate(zip(digits.images[:500], digits.target[:500], strict=True)):
         path = folder / "data" / "val" / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15).astype("uint8")).resize((512, 512)).save(path)
@@ -75,7 +75,7 @@ def interrupted(program: str, folder: Path, moment: float, twice: float | None =
     """How a program ends that is interrupted `moment` seconds after its start, and once more `twice` seconds later."""
     script, flags = ROOT / program.split(",")[0], list(PROGRAMS[program])
     if program == "scripts/run_onnx.py":
-        flags += [str(path) for path in sorted((folder / "data").rglob("*.png"))] * 20
+        flags += [str(path) for path in sorted((folder / "data").rglob("*.png"))] * 40
     with tempfile.TemporaryDirectory(dir=folder) as own:
         for name in ("data", "model.onnx"):
             Path(own, name).symlink_to(folder / name)
