@@ -56,14 +56,14 @@ def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows, check: Mapping[str
         group = list(group)
         keys = [cell.task.settings() | bench.facts for cell in group]
         unmeasured = [i for i, key in enumerate(keys) if rows.find(key) is None]
-        unchecked = [i for i, key in enumerate(keys) if rows.find(key | check) is None]
+        unchecked = [i for i, key in enumerate(keys) if rows.find(key | {"check": check}) is None]
         if not unmeasured and not unchecked:
             continue
         print(f"== {bench.model.name}, {method.name}, seed {seed}, {len(group)} models", flush=True)
         images, _ = bench.images(group[0].task)
         models = {i: quantize(bench.vit, images, group[i].task.quantization) for i in {*unmeasured, *unchecked}}
         for i in unchecked:
-            rows.add(keys[i] | check, asdict(fidelity(bench.vit, models[i], seen)))
+            rows.add(keys[i] | {"check": check}, asdict(fidelity(bench.vit, models[i], seen)))
         top1 = top1_of_halves(bench, {i: models[i] for i in unmeasured} | {"full": bench.vit}) if unmeasured else {}
         for i in unmeasured:
             what = {"model": short_name(bench.model.name), "images": method.name, "seed": seed, "width": group[i].width}
@@ -74,8 +74,8 @@ def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows, check: Mapping[str
 
 def joined(rows: Rows, check: Mapping[str, object]) -> list[dict]:
     """What every cell on disk loses, beside what `check` found."""
-    checked = [row for row in rows.rows if check.items() <= row["cell"].items()]
-    cells = [{key: value for key, value in row["cell"].items() if key not in check} for row in checked]
+    checked = [row for row in rows.rows if row["cell"].get("check") == check]
+    cells = [{key: value for key, value in row["cell"].items() if key != "check"} for row in checked]
     return [rows.find(cell) | row for cell, row in zip(cells, checked, strict=True)]
 
 
