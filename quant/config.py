@@ -10,6 +10,8 @@ from utils.errors import UserError
 
 BITS = (*range(2, 9), 32)
 KEPT_BITS = 8
+OLDEST_OPSET, INT4_OPSET = 17, 21
+"""The first with layer norms, and the first with int4."""
 # What --keep calls parts of the model, and how its layers' names begin.
 PARTS = {"first": "patch_proj", "head": "head."}
 
@@ -19,6 +21,11 @@ def check_bits(w_bit: int, a_bit: int) -> None:
     for flag, bits in (("--w_bit", w_bit), ("--a_bit", a_bit)):
         if bits not in BITS:
             raise UserError(f"{flag} {bits} is not 2 to 8, or 32 for full precision")
+
+
+def stores_int4(bits: int, opset: int) -> bool:
+    """Whether weights of so many bits are int4 in a file, two in a byte."""
+    return bits <= 4 and opset >= INT4_OPSET
 
 
 def parts(text: str) -> tuple[str, ...]:

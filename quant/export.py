@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models import LoadedModel, SparseViT
-from quant.config import QuantConfig
+from quant.config import INT4_OPSET, OLDEST_OPSET, QuantConfig, stores_int4
 from quant.insert import quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
 from utils.device import multiplies_bytes
@@ -24,17 +24,10 @@ from utils.files import atomic, writable_folder
 
 PACKAGES = ("onnx", "onnxruntime")
 SECONDS_TIMED, LEAST_RUNS, MOST_RUNS = 10.0, 5, 20
-OLDEST_OPSET, INT4_OPSET = 17, 21
-"""The first with layer norms, and the first with int4."""
 RUNTIMES = {17: "1.15", 19: "1.16", 20: "1.17", 21: "1.20", 22: "1.21", 23: "1.24", 26: "1.25", 27: "1.32"}
 """The oldest onnxruntime (of 1.15 and newer) that runs a file of this opset and of those up to the next."""
 INT4_RUNTIME = "1.23"
 """The oldest onnxruntime that runs a file with int4 in it."""
-
-
-def stores_int4(bits: int, opset: int) -> bool:
-    """Whether weights of so many bits are int4 in a file, two in a byte."""
-    return bits <= 4 and opset >= INT4_OPSET
 
 
 def default_opset(config: QuantConfig) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models import SparseViT
 from models.sparse_vit import SparseBlock
-from quant.export import stores_int4
+from quant.config import stores_int4
 from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
 from utils.errors import UserError

@@ -308,7 +308,7 @@ def test_a_file_says_what_it_needs():
         (["--export", "a.onnx", "--opset", "16"], "--opset 16 is not 17 to"),
         (["--export", "a.onnx", "--opset", "x"], "invalid int"),
     ],
-    ids=" ".join,
+    ids=["without a file", "too old", "no number"],
 )
 @pytest.mark.usefixtures("onnx_packages")
 def test_a_wrong_opset_is_one_error(tmp_path, monkeypatch, flags, why):

@@ -23,7 +23,8 @@ import numpy as np
 
 from models import LoadedModel, ModelConfig, load_model
 from quant import QuantConfig, quantize
-from quant.export import INT4_OPSET, OLDEST_OPSET, export, require_export
+from quant.config import INT4_OPSET, OLDEST_OPSET
+from quant.export import export, require_export
 from utils.cli import Parser, add_flags, from_flags, natural, positive
 from utils.data import DataConfig, evaluation_set, limited, loader
 from utils.errors import UserError, run_main
