@@ -56,7 +56,7 @@ class PatchGrid:
         """
         batch = patches.shape[0]
         canvas = patches.new_empty(batch, self.count, self.channels, self.height, self.width)
-        canvas[:] = fill.to(patches).reshape(-1, 1, 1) if isinstance(fill, Tensor) else fill
+        canvas[:] = fill.to(patches).reshape(-1, 1, 1) if isinstance(fill, torch.Tensor) else fill
         canvas[torch.arange(batch, device=patches.device)[:, None], positions] = patches
         split = canvas.view(batch, self.rows, self.cols, self.channels, self.height, self.width)
         return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.channels, *self.image_size)
