@@ -25,7 +25,6 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -68,7 +67,7 @@ def run(script: str, folder: Path, changes: Any, die_at: int = 0) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     time.perf_counter = itertools.count(0.0).__next__
-    resource.getrusage = lambda who: SimpleNamespace(ru_maxrss=2**20)
+    resource.getrusage = lambda who: resource.struct_rusage((0, 0, 2**20, *[0] * 13))
     mine = os.getpid()
 
     def watch(event: str, args: tuple) -> None:
