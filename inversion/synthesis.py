@@ -103,6 +103,8 @@ def synthesize(
             A callback's errors go through.
     """
     config = pool.config
+    if log is not None:
+        _logged(log, pool)  # a damaged one is refused before anything is made
     if config.needs("earlier") and ranks() > 1:
         raise UserError("a term that contrasts images with those of earlier batches (--cr) runs on one rank only")
     inverter = Inverter(pool.model, config, device, student, pool.before)
@@ -115,7 +117,7 @@ def synthesize(
     with open(pool.path / "pool.json") as held:
         if rank() == 0:
             _lock(held, pool)
-        missing = [batch for batch in batches if not pool.has(batch)]
+        missing = pool.missing(batches)
         wait_for_all()  # before anyone adds one
         missing = missing[rank() :: ranks()]
         hidden = not (progress and missing) or rank() > 0
@@ -180,5 +182,6 @@ def _append(log: Path, pool: ImagePool, batch: int, seconds: float, peak: int) -
 
 
 def _logged(log: Path, pool: ImagePool) -> dict[int, dict]:
-    """What the log says of this pool's batches."""
-    return {entry["batch"]: entry for entry in read_json_lines(log) if entry["pool"] == pool.path.name}
+    """What the log says of this pool's batches. Raises `UserError` where it is damaged."""
+    entries = read_json_lines(log, pool=str, batch=int, seconds=float, peak_memory_bytes=int)
+    return {entry["batch"]: entry for entry in entries if entry["pool"] == pool.path.name}

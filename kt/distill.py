@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kt.augment import AUGMENTATIONS, augmented, drawn
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
-from utils.cli import positive, rate, setting
+from utils.cli import any_seed, check_numbers, positive, rate, setting
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
@@ -43,9 +43,8 @@ class DistillConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "eval_every", "lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"distillation: {name} {getattr(self, name)} is not a positive number")
+        check_numbers(self)
+        any_seed.check(self.seed, "--seed")
         known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]
         for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
@@ -203,15 +202,20 @@ def distill(
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: no images, a loss that is no longer finite, or a batch that the ranks cannot divide evenly.
+        UserError: no images, a loss that is no longer finite, a batch that the ranks cannot divide evenly, or a
+            checkpoint of something else.
     """
     device = torch.device(device) if device is not None else pick_device("auto")
     of_epoch = images if callable(images) else lambda epoch: images
     distiller, found = Distiller(teacher, student, config, device), Distilled()
     state = None if checkpoint is None else checkpoint.state
     if state is not None:
-        distiller.load_state_dict(state["distiller"])
-        found = Distilled(**state["progress"])
+        with checkpoint.going_on():
+            distiller.load_state_dict(state["distiller"])
+            found = Distilled(**state["progress"])
+            found.history = [
+                {"loss": one["loss"], "top1": one["top1"], "images": one["images"]} for one in found.history
+            ]
     begun, hidden = len(found.history), not progress or rank() > 0
     with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
 from utils.errors import UserError
-from utils.files import atomic, read_json, writable_folder, write_json
+from utils.files import atomic, read_json, require_fields, user_path, writable_folder, write_json
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "quantized.json"
@@ -56,8 +58,21 @@ def save_quantized(
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "classes": classes,
     }
-    write_json(folder / CONFIG, about)
+    write_json(folder / CONFIG, {**about, "sha256": _digest(about, folder / WEIGHTS)})
     return folder
+
+
+def _digest(about: dict, weights: Path) -> str:
+    """What tells whether a configuration or its weights were changed."""
+    told = {key: value for key, value in about.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    try:
+        with open(weights, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {weights}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def require_own_folder(folder: str | Path) -> Path:
@@ -70,10 +85,13 @@ def require_own_folder(folder: str | Path) -> Path:
 
 def load_quantized(folder: str | Path) -> SparseViT:
     """The model that `save_quantized` wrote, on the CPU. Raises `UserError` where there is none or it is damaged."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder, "load_quantized:")
     about = read_json(folder / CONFIG)
     if about.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG} has format {about.get('format')}, this program reads {FORMAT}")
+    require_fields(about, {"architecture": str, "arguments": dict, "quantization": dict}, folder / CONFIG)
+    if about.get("sha256", (found := _digest(about, folder / WEIGHTS))) != found:
+        raise UserError(f"{folder} is damaged: {CONFIG} and {WEIGHTS} are not what was written; save it again")
     try:
         vit = bare_model(about["architecture"], about["arguments"])
         quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}

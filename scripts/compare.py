@@ -48,6 +48,10 @@ from utils.pictures import save_images
 from utils.quant_task import QuantTask
 
 ONE_MODEL = dict.fromkeys(("--export", "--save", "--sensitivity"), "is for one model; give it to test_quant.py")
+COLUMNS = dict.fromkeys(("task", "model", "method", "strategy", "width"), str) | {"prior": str | None}
+COLUMNS |= dict.fromkeys(("seed", "top1", "top5", "loss", "images", "val_images"), float)
+COLUMNS |= dict.fromkeys(("synthesis_seconds", "images_per_second", "gflop_per_image", "peak_memory_mb"), float | None)
+"""What a finished cell's row has."""
 QUANT_REFUSED = {**REFUSED, "--w_bit": VARIES, "--a_bit": VARIES, **ONE_MODEL}
 
 
@@ -130,7 +134,7 @@ class Bench:
     def full_precision(self, rows: Rows) -> float:
         """Top-1 of the model as it is."""
         cell = {**self.settings, "width": "full precision", **self.facts}
-        row = rows.find(cell) or rows.add(cell, self.evaluated({"fp": self.vit})["fp"])
+        row = rows.find(cell, {"top1": float}) or rows.add(cell, self.evaluated({"fp": self.vit})["fp"])
         return row["top1"]
 
     def run(self, cells: Sequence[Cell], rows: Rows) -> list[dict]:
@@ -138,7 +142,7 @@ class Bench:
         method, task = cells[0].method, cells[0].task
         configs = {cell.width: fitting(self.vit, cell.task.quantization) for cell in cells}
         keys = {cell.width: {**cell.task.settings(), **self.facts} for cell in cells}
-        missing = [width for width, key in keys.items() if rows.find(key) is None]
+        missing = [width for width, key in keys.items() if rows.find(key, COLUMNS) is None]
         if missing:
             print(f"== {self.model.name}, {method.name}, seed {task.run.seed}", flush=True)
             images, cost = self.images(task)
@@ -149,7 +153,7 @@ class Bench:
                 row |= {"strategy": method.strategy, "seed": task.run.seed, "width": width}
                 row |= {**result, "val_images": len(self.data.dataset), **costs(cost, len(images))}
                 rows.add(keys[width], row)
-        return [rows.find(key) for key in keys.values()]
+        return [rows.find(key, COLUMNS) for key in keys.values()]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

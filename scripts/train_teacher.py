@@ -37,7 +37,19 @@ from models import ModelConfig, load_model
 from models.registry import DEFAULT_MODEL, NAMED_MODELS, Preprocessing
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
-from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
+from utils.cli import (
+    Parser,
+    add_flags,
+    any_seed,
+    check_numbers,
+    from_flags,
+    image_side,
+    natural,
+    positive,
+    rate,
+    setting,
+    workers,
+)
 from utils.data import DataConfig, Reading, limited, load_split, loader, tell_transparent
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
@@ -75,7 +87,7 @@ class TrainConfig(Reading):
     model: str = setting(DEFAULT_MODEL, "a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
     model_path: str | None = setting(None, "weights to start from, file or folder; default its own", metavar="PATH")
     key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
-    img_size: int | None = setting(None, "side of its images in px; default its own", type=positive, metavar="PX")
+    img_size: int | None = setting(None, "side of its images in px; default its own", type=image_side, metavar="PX")
     init: str = setting("pretrained", "start from trained or random weights", choices=("pretrained", "scratch"))
     dataset: str | None = setting(None, "folder of the data, of CIFAR its root; the digits need none", metavar="DIR")
     data: str | None = setting(None, "kind of data; default what the model's name tells", choices=(*CLASSES, "folder"))
@@ -92,12 +104,13 @@ class TrainConfig(Reading):
     patch_drop: float = setting(0.0, "patches left out of a step: a share in [0, PATCH_DROP)", type=share)
     dtype: str = setting("auto", "number format of matrix products", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    seed: int = setting(0, "seed of weights, order and augmentation", type=natural)
-    num_workers: int = setting(4, "processes that load images", type=natural)
+    seed: int = setting(0, "seed of weights, order and augmentation", type=any_seed)
+    num_workers: int = setting(4, "processes that load images", type=workers)
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self)
         if self.init == "scratch" and self.model_path is not None:
             raise UserError("--init scratch starts from random weights; leave out --model_path")
         data = self.data or implied_data(self.model, self.dataset)
@@ -314,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test, labels = load_data(config, loaded.preprocessing, classes)
     trainer = Trainer(loaded.vit, train, config)
     if checkpoint.state is not None:
-        trainer.load_state_dict(checkpoint.state)
+        with checkpoint.going_on():
+            trainer.load_state_dict(checkpoint.state)
         print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
     while len(trainer.history) < config.epochs:
         trainer.run_epoch(test)

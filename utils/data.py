@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from models import LoadedModel
 from utils.classes import ORDERS, Labels, class_numbers, labels_of, names_of
-from utils.cli import natural, positive, setting
+from utils.cli import check_numbers, positive, setting, workers
 from utils.errors import UserError, UserNote
 from utils.image_files import (
     ENDINGS,
@@ -57,12 +57,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class DataConfig(Reading):
-    """What a model is evaluated on, and how it is read."""
+    """What a model is evaluated on, and how it is read. Raises `UserError` as `Reading`, and for odd numbers."""
 
     dataset: str | None = setting(None, "data: image folder or CIFAR; the bundled model needs none", metavar="DIR")
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
     val_batchsize: int = setting(200, "images per evaluation batch", "--val-batchsize", type=positive)
-    num_workers: int = setting(4, "processes that load images", "--num-workers", type=natural)
+    num_workers: int = setting(4, "processes that load images", "--num-workers", type=workers)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self)
 
 
 CIFAR = {"cifar10": (CIFAR10, "cifar-10-batches-py"), "cifar100": (CIFAR100, "cifar-100-python")}
@@ -202,15 +206,15 @@ def limited(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset if limit is None or limit >= len(dataset) else random_subset(dataset, limit, seed=0)
 
 
-def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
+def loader(dataset: Dataset, batch_size: int, processes: int) -> DataLoader:
     """A loader of this rank's share, in the data set's own order; sets in memory are read without worker processes."""
     if ranks() > 1:
         dataset = Subset(dataset, range(rank(), len(dataset), ranks()))
     base = dataset
     while isinstance(base, Subset):
         base = base.dataset
-    workers = 0 if isinstance(base, Digits) else min(workers, os.cpu_count() or 1)
-    return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+    processes = 0 if isinstance(base, Digits) else min(processes, os.cpu_count() or 1)
+    return DataLoader(dataset, batch_size, num_workers=processes, pin_memory=torch.cuda.is_available())
 
 
 def tell_transparent(data: Dataset | None, shared_on: torch.device | None = None) -> None:

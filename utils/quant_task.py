@@ -14,7 +14,7 @@ from models.registry import short_name
 from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
 from quant.fidelity import fidelity
 from quant.sensitivity import save_sensitivity, sensitivity
-from utils.cli import by_flag
+from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, pick_dtype, seed_all
 from utils.errors import UserError
@@ -52,6 +52,8 @@ class QuantTask(Task):
     export: str | Path | None = None
 
     def __post_init__(self) -> None:
+        positive.check(self.num_images, "--num_images")
+        natural.check(self.check_images, "--check_images")
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
             raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
 

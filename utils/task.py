@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from models import ModelConfig
-from utils.cli import by_flag, natural, setting
+from utils.cli import any_seed, by_flag, check_numbers, natural, setting
 from utils.data import DataConfig
 from utils.device import device_name, versions
 from utils.files import writable_folder
@@ -19,16 +19,20 @@ from utils.images import Inverted, Source, Stored
 class RunConfig:
     """Where a task runs and where its outcome goes; only `seed` changes numbers.
 
-    `progress`: show progress bars on stderr. `command`: as typed, for the report.
+    `progress`: show progress bars on stderr. `command`: as typed, for the report. Raises `UserError` for impossible
+    numbers.
     """
 
     output: str | None = setting(None, "where report and pictures go; default runs/ and the task's name", metavar="DIR")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     gpu: int = setting(0, "number of the CUDA GPU", type=natural)
-    seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=natural)
+    seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=any_seed)
     tensorboard: bool = setting(False, "write the course of the inversion to OUTPUT/tensorboard")
     progress: bool = False
     command: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kt import DistillConfig, StudentConfig, distill, load_student, save_student
 from models import LoadedModel, SparseImages, load_model
 from models.registry import short_name
 from utils.checkpoint import Checkpoint
-from utils.cli import by_flag
+from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, seed_all
 from utils.errors import UserError
@@ -45,6 +45,9 @@ class TransferTask(Task):
     distillation: DistillConfig
 
     def __post_init__(self) -> None:
+        natural.check(self.images_per_epoch, "--images_per_epoch")
+        if self.max_images is not None:
+            positive.check(self.max_images, "--max_images")
         if isinstance(self.images, Noise) and not self.fixed_images:
             raise UserError("--mode 1 --images_per_epoch 0 asks for no images; give --max_images")
 
@@ -99,7 +102,8 @@ def transfer_report(
     student = load_student(teacher, task.student)
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:
-        done = len(checkpoint.state["progress"]["history"])
+        with checkpoint.going_on():
+            done = len(checkpoint.state["progress"]["history"])
         tell(f"going on after epoch {done} of {task.distillation.epochs}")
     found = distill(
         teacher,
