@@ -165,6 +165,12 @@ class InversionConfig:
         except Exception as error:  # values of JSON can be of any type
             raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
 
+    def kept(self, patches: int) -> int:
+        """Patches of a finished image, of so many that it starts with. Raises `UserError` where none is left."""
+        strategy = self.strategy_object()
+        stages = strategy.stages(self.iterations, patches)
+        return stages[0].patches - stages[1].patches if strategy.detaches else stages[-1].patches
+
     def strategy_object(self) -> Strategy:
         """The strategy that the configuration asks for."""
         return STRATEGIES[self.strategy](self)

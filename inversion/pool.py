@@ -220,9 +220,7 @@ class ImagePool:
 
     def _fault(self, record: dict, batch: int) -> str | None:
         """What is wrong with a batch's record, None where nothing is."""
-        config, count = self.config, self.config.batch_size
-        stages = config.strategy_object().stages(config.iterations, self.grid.count)
-        left = stages[0].patches - stages[1].patches if config.strategy_object().detaches else stages[-1].patches
+        config, count, left = self.config, self.config.batch_size, self.config.kept(self.grid.count)
 
         def integers(values: object, length: int, below: int) -> bool:
             right = isinstance(values, list) and len(values) == length and all(is_number(v, int) for v in values)

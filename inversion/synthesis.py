@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from inversion.config import InversionConfig
-from inversion.engine import Inverter, Progress, StageStart
+from inversion.engine import Inverter, Progress, StageStart, require_memory_for
 from inversion.events import write_events
 from inversion.pool import ImagePool
-from models import LoadedModel
+from models import LoadedModel, SparseViT
 from utils.device import peak_memory_bytes, pick_device, reset_peak_memory
 from utils.errors import UserError
 from utils.files import append_json_line, read_json_lines
@@ -120,6 +120,8 @@ def synthesize(
         missing = pool.missing(batches)
         wait_for_all()  # before anyone adds one
         missing = missing[rank() :: ranks()]
+        if missing:
+            require_memory_for(SparseViT(pool.model.vit), config, device)
         hidden = not (progress and missing) or rank() > 0
         with tqdm(total=len(missing) * config.iterations, unit="it", disable=hidden, desc="inversion") as bar:
             for number, batch in enumerate(missing):

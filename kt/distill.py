@@ -19,7 +19,7 @@ from kt.augment import AUGMENTATIONS, augmented, drawn
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
 from utils.cli import any_seed, check_numbers, positive, rate, setting
-from utils.device import pick_device
+from utils.device import pick_device, require_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
 
@@ -82,6 +82,7 @@ class Distiller:
         if config.batch_size % ranks():
             raise UserError(f"--kr-batchsize {config.batch_size} cannot be divided evenly among {ranks()} ranks")
         self.config, self.device, self.steps = config, device, 0
+        self._require_memory(student)
         self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
         self.student = student.sparse(device)
         self.model = DistributedDataParallel(self.student) if ranks() > 1 else self.student
@@ -91,6 +92,14 @@ class Distiller:
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    def _require_memory(self, student: LoadedModel) -> None:
+        """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
+        vit, width = SparseViT(student.vit), student.vit.embed_dim
+        tokens, learning = vit.grid.count + vit.prefix_tokens, any(p.requires_grad for p in vit.blocks.parameters())
+        saved = tokens * sum(9 * width + 2 * b.hidden + b.heads * tokens for b in vit.blocks) if learning else 0
+        each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
+        require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 
     def run(self, images: SparseImages, steps: int) -> float:
         """`steps` steps on batches drawn from `images`. Returns the mean loss.

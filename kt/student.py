@@ -13,6 +13,7 @@ from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.registry import NAMED_MODELS, WEIGHTS_DIR
 from utils.cli import setting
 from utils.errors import UserError
+from utils.files import user_path, writing
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
@@ -80,14 +81,14 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     The student reads images normalized as the teacher's are. The classes are called `label_names` if they are given,
     else as the teacher's configuration calls them.
     """
-    folder, ways = Path(folder).expanduser(), teacher.preprocessing
+    folder, ways = user_path(folder, "the student's folder"), teacher.preprocessing
     config = {"mean": ways.mean, "std": ways.std, "interpolation": ways.interpolation, "crop_pct": ways.crop_pct}
     config = {**config, "crop_mode": ways.crop_mode, "input_size": ways.input_size, "num_classes": teacher.classes}
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
         save_for_hf(student.vit, partial, {"pretrained_cfg": {"tag": "student"}, **facts}, safe_serialization=True)
         for file in Path(partial).iterdir():
             file.replace(folder / file.name)

@@ -24,7 +24,7 @@ from models.sparse_vit import SparseViT, require_supported
 from models.weights import Weights, check_preprocessing, load_into, read_vit, require_complete
 from utils.cli import Number, check_numbers, image_side, setting
 from utils.errors import UserError
-from utils.files import read_json, require_fields
+from utils.files import read_json, require_fields, user_path
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
 
@@ -364,7 +364,7 @@ def _weights_path(
             f"the weights of {name} are on no hub; give them with {path_flag} (a folder with {name}.pth), "
             "or make them with scripts/train_teacher.py"
         )
-    path = Path(name.removeprefix("local-dir:") if model_path is None else model_path).expanduser()
+    path = user_path(*((name.removeprefix("local-dir:"), "--model") if model_path is None else (model_path, path_flag)))
     if path.is_dir():
         stem = short_name(name.removeprefix("local-dir:"))
         return weights_file(path, [f"{stem}.pth", f"{stem}.safetensors"], path_flag)

@@ -199,7 +199,10 @@ def load_into(vit: VisionTransformer, name: str, weights: Weights, to_train: boo
     if "register_tokens" in state:
         state = {**state, "mask_token": state["register_tokens"]}  # tells timm that these are names of DINOv2's code
     own = vit.state_dict()
-    state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True, **weights.resampling)
+    try:
+        state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True, **weights.resampling)
+    except Exception as error:  # timm takes the shapes of tensors for granted
+        _raise_unfit(name, path, differ=[f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"])
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differ = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or extra or differ:
@@ -507,6 +510,8 @@ def _of_transformers(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         config["label_names"] = [labels[number] for number in range(len(labels))]
     act = about.get("hidden_act")
     heads, eps = about.get("num_attention_heads"), about.get("layer_norm_eps")
+    if eps is not None:
+        rate.check(eps, f"{file}: its layer_norm_eps")
     return {"config": config, "heads": heads, "norm_eps": eps, "activation": ACTIVATIONS.get(act, act)}
 
 

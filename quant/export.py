@@ -18,7 +18,7 @@ from torch import Tensor
 from models import LoadedModel, SparseViT
 from quant.config import QuantConfig
 from utils.errors import UserError
-from utils.files import atomic, writable_folder
+from utils.files import atomic, user_path, writable_folder
 
 PACKAGES = ("onnx", "onnxruntime")
 SECONDS_TIMED, LEAST_RUNS, MOST_RUNS = 10.0, 5, 20
@@ -33,7 +33,7 @@ def require_export(file: str | Path, model: LoadedModel) -> None:
             raise UserError(f"--export needs the package {package}: pip install -r requirements-export.txt") from None
     from quant.onnx_graph import require_exportable
 
-    path = Path(file).expanduser()
+    path = user_path(file, "--export")
     if path.suffix != ".onnx":
         raise UserError(f"--export {file}: give a file name that ends in .onnx")
     if path.is_dir():

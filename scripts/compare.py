@@ -36,6 +36,7 @@ from scripts.comparison import (
     variants,
     write_results,
 )
+from utils import evaluation
 from utils.cli import Parser
 from utils.data import evaluation_loader
 from utils.device import device_name, pick_device, versions
@@ -106,6 +107,7 @@ class Bench:
         self.model = load_model(task.model)
         self.data = evaluation_loader(self.model, task.data)
         self.vit = self.model.sparse(self.device)
+        evaluation.require_memory_for(self.vit, self.data, self.device)
         self.facts = {"fingerprint": self.model.fingerprint(), "val_images": len(self.data.dataset)}
         self.settings = {"model": task.model.name, "dataset": task.data.dataset, **task.data.reading()}
 

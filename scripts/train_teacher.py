@@ -53,7 +53,7 @@ from utils.cli import (
 from utils.data import DataConfig, Reading, limited, load_split, loader, tell_transparent
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError, run_main
-from utils.files import writable_folder, write_json
+from utils.files import user_path, writable_folder, write_json, writing
 from utils.image_files import listing, subfolders
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
@@ -154,7 +154,7 @@ def count_classes(data: str, dataset: str | None) -> int:
         raise UserError(f"--dataset DIR is missing: {what}")
     if data in CLASSES:
         return CLASSES[data]
-    train = Path(dataset).expanduser() / "train"
+    train = user_path(dataset, "--dataset") / "train"
     count = len(subfolders(train)) if train.is_dir() else 0
     if count < 2:
         raise UserError(
@@ -300,7 +300,7 @@ class Trainer:
         self.vit.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.history = state["history"]
+        self.history = [{key: one[key] for key in ("loss", "top1", "seconds")} for one in state["history"]]
         torch.set_rng_state(state["random"])
         if len(state["cuda_random"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_random"])
@@ -312,7 +312,8 @@ def save_model(vit: VisionTransformer, labels: list[str], config: TrainConfig, f
         vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key != "license"}
     names = {"label_names": labels}
     model_config = {**names, "pretrained_cfg": {**names, "tag": config.data}}
-    save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
+    with writing(folder):
+        save_for_hf(vit.cpu(), folder, model_config, safe_serialization=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.state is not None:
         with checkpoint.going_on():
             trainer.load_state_dict(checkpoint.state)
-        print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
+            print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
     while len(trainer.history) < config.epochs:
         trainer.run_epoch(test)
         checkpoint.write(trainer.state_dict())

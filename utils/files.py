@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -97,10 +96,10 @@ def require_fields(found: Any, fields: Mapping[str, type], where: object) -> dic
 
 
 def is_number(value: Any, kind: type) -> bool:
-    """Whether a value of JSON is a number: an integer for `int`, a finite one for `float`."""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+    """Whether a value of JSON is a number: an integer for `int`, one that float32 holds for `float`."""
+    if isinstance(value, bool) or not isinstance(value, int | kind):
         return False
-    return isinstance(value, int) or math.isfinite(value)
+    return kind is int or -1e38 <= value <= 1e38
 
 
 def append_json_line(path: Path, value: Any) -> None:

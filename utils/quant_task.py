@@ -7,20 +7,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
-from inversion import Inverter, SynthesisReport, configured
+from inversion import InversionConfig, Inverter, SynthesisReport, configured, engine
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import QuantConfig, export, fitting, quantize, require_own_folder, save_quantized
+from quant import QuantConfig, calibration, export, fitting, quantize, require_own_folder, save_quantized
 from quant.fidelity import fidelity
 from quant.sensitivity import save_sensitivity, sensitivity
+from utils import evaluation
 from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, pick_dtype, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import write_json
-from utils.images import Inverted, Synthesis, images_at_hand
+from utils.images import Inverted, Stored, Synthesis, images_at_hand
 from utils.pictures import LossCurve, save_images, save_loss_curve
 from utils.ranks import rank, rank_zero_first, ranks
 from utils.report_page import write_quant_page
@@ -88,6 +90,8 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     test_set = evaluation_set(model, task.data)
     data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
 
+    _require_memory(task, model, config, data, device)
+
     images, synthesis, curve = _calibration(task, model, device, output)
     vit = model.sparse(device)
     start = time.perf_counter()
@@ -137,10 +141,26 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     return report
 
 
+def _require_memory(
+    task: QuantTask, model: LoadedModel, config: QuantConfig, data: DataLoader, device: torch.device
+) -> None:
+    """Raise `UserError` where something that comes later in the run finds no room."""
+    vit, stored = SparseViT(model.vit), isinstance(task.images, Stored)
+    patches = task.images.config.kept(model.grid.count) if isinstance(task.images, Inverted) else model.grid.count
+    if not stored:  # of a pool nobody has said yet how many patches its images have
+        calibration.require_memory_for(vit, config, task.num_images, patches, device)
+    if task.check_images:
+        engine.require_memory_for(vit, _check_config(task.check_images, device), device)
+    evaluation.require_memory_for(vit, data, device)
+
+
+def _check_config(count: int, device: torch.device) -> InversionConfig:
+    return configured(batch_size=count, seed=CHECK_SEED, dtype=pick_dtype("auto", device), **CHECK)
+
+
 def check_images(model: LoadedModel, count: int, device: torch.device) -> SparseImages:
     """`count` whole images inverted out of the model, the same for every run; no run is calibrated on them."""
-    config = configured(batch_size=count, seed=CHECK_SEED, dtype=pick_dtype("auto", device), **CHECK)
-    return Inverter(model, config, device).invert(0).images
+    return Inverter(model, _check_config(count, device), device).invert(0).images
 
 
 def _check(

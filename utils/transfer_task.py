@@ -13,8 +13,9 @@ import torch
 
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
-from models import LoadedModel, SparseImages, load_model
+from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
+from utils import evaluation
 from utils.checkpoint import Checkpoint
 from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
@@ -99,6 +100,7 @@ def transfer_report(
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
     test_set = evaluation_set(teacher, task.data)
     data = loader(limited(test_set, task.data.val_limit), task.data.val_batchsize, task.data.num_workers)
+    evaluation.require_memory_for(SparseViT(teacher.vit), data, device)
     student = load_student(teacher, task.student)
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:

@@ -6,8 +6,6 @@ is given beside the teacher: a Vision Transformer has no batch norm.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -17,6 +15,7 @@ from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term
 from inversion.total_variation import total_variation
 from models.weights import read_weights
 from utils.errors import UserError
+from utils.files import user_path
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIRST_LAYER = 10.0
@@ -106,7 +105,7 @@ def load_cnn(source: str) -> nn.Module:
                 f"torchvision's weights of {name} cannot be downloaded ({error}); "
                 f"give --bn_source {name}=FILE with a state_dict"
             ) from None
-    state = read_weights(Path(file).expanduser())
+    state = read_weights(user_path(file, "--bn_source"))
     head = next((value for key, value in reversed(state.items()) if value.ndim == 2), None)
     classes = {} if head is None else {"num_classes": len(head)}
     cnn = torchvision.models.get_model(name, weights=None, **classes)
