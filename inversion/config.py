@@ -14,12 +14,14 @@ from inversion.projections import parse_projection
 from inversion.schedule import check_schedule
 from inversion.strategies import STRATEGIES, Strategy
 from inversion.targets import check_targets
-from utils.cli import positive, setting
+from utils.cli import Number, any_seed, check_numbers, natural, positive, rate, setting, weight
 from utils.errors import UserError
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
 LR_SCHEDULES = ("constant", "cosine")
 TIMES = {"type": int, "nargs": "+", "metavar": "T"}
+DIVISION = Number(int, 2, 2**31 - 1, "32 bits")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class InversionConfig:
     """
 
     iterations: int = setting(4000, "optimizer steps per image", type=positive)
-    lr: float = setting(0.25, "Adam's learning rate, in normalized pixels", "--lr_g", type=float)
+    lr: float = setting(0.25, "Adam's learning rate, in normalized pixels", "--lr_g", type=rate)
     betas: tuple[float, float] = setting((0.5, 0.99), "Adam's averaging", type=float, nargs=2, metavar="B")
     lr_schedule: str = setting("constant", "of --lr_g; cosine falls to 0 at the end", choices=LR_SCHEDULES)
-    warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=int, metavar="N")
+    warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=natural, metavar="N")
     init: str = setting("white", "noise that pixels start from; pink has images' spectrum", choices=INITS)
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Of the terms of the loss, by name."""
@@ -46,7 +48,7 @@ class InversionConfig:
     prune_ratio: tuple[float, ...] = setting(
         (0.0,), "share of the remaining patches stopped at each of them, in [0, 1)", type=float, nargs="+", metavar="R"
     )
-    pri_division: int = setting(4, "images of one pri trajectory", type=int, metavar="V")
+    pri_division: int = setting(4, "images of one pri trajectory", type=DIVISION, metavar="V")
     targets: tuple[str, ...] = setting(
         ("uniform",), "labels: uniform (default), balanced, class:K, or a list of classes", nargs="+", metavar="T"
     )
@@ -64,18 +66,16 @@ class InversionConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise UserError(f"--iterations {self.iterations} is below 1")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"--lr_g {self.lr} is not a positive number")
+        check_numbers(self)
+        positive.check(self.batch_size, "the batch size")
+        any_seed.check(self.seed, "--seed")
+        _require(self.dtype, DTYPES, "--dtype")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {' '.join(map(str, self.betas))} are not two numbers in [0, 1)")
         _require(self.lr_schedule, LR_SCHEDULES, "--lr_schedule")
         _require(self.init, INITS, "--init")
-        if not 0 <= self.warmup < self.iterations:
+        if self.warmup >= self.iterations:
             raise UserError(f"--warmup {self.warmup} is not in [0, {self.iterations}), the iterations")
-        if self.batch_size < 1:
-            raise UserError(f"the batch size {self.batch_size} is below 1")
         self._check_weights()
         check_targets(self.targets)
         if not 0 <= self.soft_label < 1:
@@ -89,12 +89,13 @@ class InversionConfig:
             raise UserError(f"--snapshots {outside[0]} is not in [0, {self.iterations}], the iterations")
 
     def _check_weights(self) -> None:
-        for name, weight in self.weights.items():
+        for name, value in self.weights.items():
             _require(name, terms(), "the loss term")
-            if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(f"--{name} {weight} is not a weight of 0 or more")
-        for name in self.options:
+            weight.check(value, f"--{name}")
+        for name, value in self.options.items():
             _require(name, options(), "the option")
+            if isinstance(options()[name].type, Number):
+                options()[name].type.check(value, f"--{name}")
         if not self.needs("student"):
             object.__setattr__(self, "student", None)
         elif self.student is None:
@@ -117,8 +118,6 @@ class InversionConfig:
                 f"--strategy {self.strategy} needs a schedule, such as --prune_it 50 100 200 300 "
                 "--prune_ratio 0.3 0.3 0.3 0.3"
             )
-        if self.pri_division < 2:
-            raise UserError(f"--pri_division {self.pri_division} is below 2")
 
     def _active_options(self) -> dict[str, object]:
         """The options of the priors that have a term, filled in."""
@@ -158,11 +157,19 @@ class InversionConfig:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> InversionConfig:
-        """The configuration that `settings` describes. Raises `UserError` where they are of another version."""
+        """The configuration that `settings` describes. Raises `UserError` where they describe none."""
         try:
             return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
-        except TypeError as error:
-            raise UserError(f"these are not the settings of an inversion: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # values of JSON can be of any type
+            raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
+
+    def kept(self, patches: int) -> int:
+        """Patches of a finished image, of so many that it starts with. Raises `UserError` where none is left."""
+        strategy = self.strategy_object()
+        stages = strategy.stages(self.iterations, patches)
+        return stages[0].patches - stages[1].patches if strategy.detaches else stages[-1].patches
 
     def strategy_object(self) -> Strategy:
         """The strategy that the configuration asks for."""

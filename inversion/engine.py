@@ -25,7 +25,8 @@ from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
-from utils.device import keep_freed_memory, within_memory
+from models.sparse_vit import SparseBlock
+from utils.device import keep_freed_memory, require_memory, within_memory
 from utils.errors import UserError, UserNote
 
 REFRESH = 20
@@ -106,6 +107,7 @@ class Inverter:
         self.dtype = getattr(torch, config.dtype)
         self.recorder = cuda_graphs(device) if device.type == "cuda" and not eager else None
         self._prepare(plain=eager or verdict(model, device, self.dtype) is False)
+        draw_labels(config.targets, 1, self.vit.num_classes, torch.Generator())  # refuses what is no class
         self.strategy = config.strategy_object()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
         if len(self.stages) > 1 and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
@@ -340,6 +342,38 @@ class Inverter:
 def changing(canvas: PatchCanvas, optimizer: torch.optim.Adam) -> list[Tensor]:
     """Every tensor that changes from iteration to iteration, in place: the pixels first."""
     return [canvas.pixels, *optimizer.state[canvas.pixels].values(), optimizer.param_groups[0]["lr"]]
+
+
+def require_memory_for(
+    vit: SparseViT, config: InversionConfig, device: torch.device, flag: str = "the batch size"
+) -> None:
+    """Raise `UserError`, before anything is computed, where a batch of an inversion finds no room on `device`.
+
+    `flag` is what sets the number of its images.
+    """
+    strategy = config.strategy_object()
+    stages = strategy.stages(config.iterations, vit.grid.count)
+    images = len(stages) if strategy.detaches else 1
+    each = trajectory_bytes(vit, config, device) // images
+    # An iteration leaves its jitter and its loss.
+    require_memory(config.iterations, 200, torch.device("cpu"), "an inversion so long", "--iterations")
+    require_memory(config.batch_size, each, device, "an inversion batch", flag)
+
+
+def trajectory_bytes(vit: SparseViT, config: InversionConfig, device: torch.device) -> int:
+    """About what one canvas of whole images needs: what its backward pass reads, and its pixels with their moments."""
+    tokens, number = vit.grid.count + vit.prefix_tokens, getattr(torch, config.dtype).itemsize
+    saved = [block_numbers(block, tokens, device) for block in vit.blocks]
+    passes = 1 + sum(name in ("adv", "cr", "bn") for name, value in config.weights.items() if value)
+    between = 4 * vit.grid.count**2 * len(vit.blocks) if config.weights.get("pse") else 0
+    # One block's gradients are held beside what was saved, and pixels in some fifteen forms.
+    return passes * number * (sum(saved) + 2 * max(saved)) + 4 * (15 * vit.grid.count * vit.grid.pixels + between)
+
+
+def block_numbers(block: SparseBlock, tokens: int, device: torch.device) -> int:
+    """About how many numbers a block keeps for the gradient to the tokens of one image."""
+    pairs = block.heads * tokens if device.type == "cpu" else 0  # elsewhere attention is fused
+    return tokens * (5 * block.proj.out_features + block.hidden + pairs)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from inversion.config import InversionConfig
 from inversion.engine import InvertedBatch, Snapshot
 from models import LoadedModel, SparseImages
 from models.registry import short_name
+from utils.checkpoint import read_state, write_state
 from utils.errors import UserError
-from utils.files import atomic, read_json, writable_folder, write_json
+from utils.files import atomic, is_number, read_json, user_path, writable_folder, write_json, writing
 from utils.image_files import read_image
 from utils.ranks import rank_zero_first
 
@@ -47,20 +48,22 @@ class ImagePool:
         config: how.
 
     Raises:
-        UserError: there is no pool yet and the folder cannot be written, or it holds something else.
+        UserError: there is no pool yet and the folder cannot be written, or it holds something else, or is damaged.
     """
 
     def __init__(self, root: str | Path, model: LoadedModel, config: InversionConfig) -> None:
         self._describe(model, config)
         digest = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "_", short_name(model.name))
-        self.path = Path(root).expanduser() / f"{name}-{config.strategy}-s{config.seed}-{digest}"
-        with rank_zero_first():
+        self.path = user_path(root, "--datapool") / f"{name}-{config.strategy}-s{config.seed}-{digest}"
+        with rank_zero_first(), writing(self.path):
             self._open()
 
     def _describe(self, model: LoadedModel, config: InversionConfig) -> None:
         self.model, self.config = model, config
         self.grid = model.grid
+        self.sound: set[int] = set()
+        """Batches whose records were read."""
         self.description = {
             "format_version": FORMAT_VERSION,
             "model": {
@@ -84,8 +87,11 @@ class ImagePool:
         file = folder / "pool.json"
         if not file.is_file():
             raise UserError(f"{folder} is not an image pool: it has no pool.json")
-        saved, pool = read_json(file), cls.__new__(cls)
-        pool._describe(model, InversionConfig.from_settings(saved.get("inversion", {})))
+        saved, pool = read_json(file, inversion=dict), cls.__new__(cls)
+        try:
+            pool._describe(model, InversionConfig.from_settings(saved["inversion"]))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
         if any(saved.get(key) != pool.description[key] for key in ("format_version", "model", "grid")):
             raise UserError(f"{folder} is a pool of another model than {model.name}")
         pool.path = folder
@@ -94,6 +100,14 @@ class ImagePool:
     def has(self, batch: int) -> bool:
         """Whether batch number `batch` is complete."""
         return self._batch_file(batch).is_file()
+
+    def missing(self, batches: Iterable[int]) -> list[int]:
+        """Those of the batches that are not complete. Raises `UserError` where one that is has a damaged record."""
+        missing = [batch for batch in batches if not self.has(batch)]
+        if missing:  # before anything is made
+            for batch in set(batches) - set(missing) - self.sound:
+                self.record(batch)
+        return missing
 
     def batches(self) -> int:
         """How many batches are complete, from the first on without a gap."""
@@ -110,13 +124,10 @@ class ImagePool:
             zip(self.grid.unpatchify(pixels, images.positions), images.labels.tolist(), strict=True)
         ):
             path = self.path / self._image_name(batch, index, label)
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as partial:
                 to_pil_image(image.mul(255).round().byte()).save(partial, format="PNG")
         if inverted.snapshots:
-            self._snapshot_file(batch).parent.mkdir(exist_ok=True)
-            with atomic(self._snapshot_file(batch)) as partial:
-                torch.save([vars(snapshot) for snapshot in inverted.snapshots], partial)
+            write_state(self._snapshot_file(batch), [vars(snapshot) for snapshot in inverted.snapshots])
         record = {
             "format_version": FORMAT_VERSION,
             "batch": batch,
@@ -145,6 +156,7 @@ class ImagePool:
             ]
             images = torch.stack([pil_to_tensor(self._image(file)) for file in files])
             kept = torch.tensor(record["kept_positions"])
+            self._require_black(images, kept, files)
             normalized = self.model.preprocessing.normalize(images / 255)
             patches.append(self.grid.patchify(normalized)[torch.arange(len(kept))[:, None], kept])
             positions.append(kept)
@@ -160,12 +172,26 @@ class ImagePool:
         """The snapshots of a batch, in their order.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or they are damaged.
         """
         file = self._snapshot_file(batch)
         if not file.is_file():
             raise UserError(f"{self.path} has no snapshots of batch {batch}; make it with --snapshots")
-        return [Snapshot(**fields) for fields in torch.load(file, weights_only=True)]
+        found = read_state(file, self._remake(batch), self._are_snapshots)
+        return [Snapshot(**fields) for fields in found]
+
+    def _are_snapshots(self, found: object) -> bool:
+        """Whether these are the fields of `Snapshot`s of a batch of the pool."""
+        shape = self.grid.channels, self.grid.height, self.grid.width
+        for one in found:
+            pixels, positions, attention = one["pixels"], one["positions"], one["attention"]
+            right = pixels.shape == (*positions.shape, *shape) and torch.isfinite(pixels).all()
+            right &= positions.min() >= 0 and positions.max() < self.grid.count
+            if not right or one.keys() != Snapshot.__dataclass_fields__.keys() or one["iteration"] < 0:
+                return False
+            if attention is not None and attention.shape != positions.shape:
+                return False
+        return len(found) > 0
 
     def losses(self, count: int) -> torch.Tensor:
         """Loss at every iteration of the batches that hold the first `count` images: (batches, iterations)."""
@@ -175,7 +201,7 @@ class ImagePool:
         file = self.path / "pool.json"
         if os.path.isfile(file):  # then it may be on a disk that cannot be written
             if read_json(file) != self.description:
-                raise UserError(f"{self.path} was written by another configuration; give another --datapool")
+                raise UserError(f"{file} was written by another configuration; give another --datapool")
             return
         writable_folder(self.path.parent, "--datapool")
         if self.path.exists() and any(not entry.name.startswith(".pool.json") for entry in self.path.iterdir()):
@@ -185,18 +211,68 @@ class ImagePool:
 
     def _records(self, count: int, first: int = 0) -> Iterator[dict]:
         for batch in range(first // self.config.batch_size, -(-count // self.config.batch_size)):
-            file = self._batch_file(batch)
+            yield self.record(batch)
+
+    def record(self, batch: int) -> dict:
+        """What `batches/` says of a batch. Raises `UserError` unless the pool's configuration can give that."""
+        file = self._batch_file(batch)
+        try:
             record = read_json(file)
-            lists = [record.get(key) for key in ("labels", "kept_positions", "losses")]
-            if record.get("format_version") != FORMAT_VERSION or not all(isinstance(part, list) for part in lists):
-                raise UserError(f"{file} is not a batch of pool format {FORMAT_VERSION}")
-            yield record
+        except UserError as error:
+            raise UserError(f"{error}; {self._remake(batch)}") from None
+        if fault := self._fault(record, batch):
+            raise UserError(f"{file} is damaged: its {fault}; {self._remake(batch)}")
+        self.sound.add(batch)
+        return record
+
+    def _fault(self, record: dict, batch: int) -> str | None:
+        """What is wrong with a batch's record, None where nothing is."""
+        config, count, left = self.config, self.config.batch_size, self.config.kept(self.grid.count)
+
+        def integers(values: object, length: int, below: int) -> bool:
+            right = isinstance(values, list) and len(values) == length and all(is_number(v, int) for v in values)
+            return right and all(0 <= value < below for value in values)
+
+        same = {"format_version": FORMAT_VERSION, "batch": batch, "seed": config.seed}
+        for key, value in same.items():
+            if record.get(key) != value or isinstance(record[key], bool):
+                return f"{key} is not {value}"
+        if not integers(record.get("labels"), count, self.model.classes):
+            return f"labels are not {count} integers from 0 to {self.model.classes - 1}"
+        rows = record.get("kept_positions")
+        rows = rows if isinstance(rows, list) else []
+        if len(rows) != count or not all(integers(row, left, self.grid.count) and len({*row}) == left for row in rows):
+            return f"kept_positions are not {left} places of {self.grid.count} for {count} images"
+        losses = record.get("losses")
+        losses = losses if isinstance(losses, list) else []
+        if len(losses) != config.iterations or not all(is_number(value, float) for value in losses):
+            return f"losses are not {config.iterations} finite numbers"
+        return None
+
+    def _require_black(self, images: torch.Tensor, kept: torch.Tensor, files: list[Path]) -> None:
+        """Raise `UserError` where images (B, C, H, W) have pixels at places that are not among `kept` (B, n)."""
+        shown = self.grid.patchify(images).flatten(2).any(dim=2).scatter(1, kept, False)
+        if shown.any():
+            file = files[int(shown.any(dim=1).nonzero()[0])]
+            raise UserError(f"{file} has pixels where patches stopped; {self._remake(self._batch_of(file))}")
 
     def _image(self, file: Path) -> Image.Image:
-        image = read_image(file)[0]
+        try:
+            image = read_image(file)[0]
+        except UserError as error:
+            reason = str(error).removesuffix("; repair or remove it")
+            raise UserError(f"{reason}; {self._remake(self._batch_of(file))}") from None
         if image.size != self.grid.image_size[::-1]:
-            raise UserError(f"{file} is {image.size[0]}x{image.size[1]}, the pool's images are not; remove it")
+            size = f"{image.size[0]}x{image.size[1]}"
+            raise UserError(f"{file} is {size}, the pool's images are not; {self._remake(self._batch_of(file))}")
         return image
+
+    def _remake(self, batch: int) -> str:
+        """What to do about a damaged batch."""
+        return f"delete {self._batch_file(batch)}, and the command that made the pool makes the batch again"
+
+    def _batch_of(self, image: Path) -> int:
+        return int(image.stem) // self.config.batch_size
 
     def _batch_file(self, batch: int) -> Path:
         return self.path / "batches" / f"{batch:06d}.json"

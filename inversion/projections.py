@@ -81,5 +81,5 @@ def parse_projection(text: str) -> Projection | None:
     try:
         values = {key: float(value) for key, value in (part.split("=") for part in rest.split(",") if part)}
         return PROJECTIONS[name](**values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"--projection {text}: what follows the colon must be like cutoff=0.8,every=100") from None

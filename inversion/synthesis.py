@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from inversion.config import InversionConfig
-from inversion.engine import Inverter, Progress, StageStart
+from inversion.engine import Inverter, Progress, StageStart, require_memory_for
 from inversion.events import write_events
 from inversion.pool import ImagePool
-from models import LoadedModel
+from models import LoadedModel, SparseViT
 from utils.device import peak_memory_bytes, pick_device, reset_peak_memory
 from utils.errors import UserError
 from utils.files import append_json_line, read_json_lines, writable_folder, write_json_lines
@@ -109,6 +109,8 @@ def synthesize(
             finite, or more ranks than batches. A callback's errors go through.
     """
     config = pool.config
+    if log is not None:
+        _logged(log, pool)  # a damaged one is refused before anything is made
     if config.needs("earlier") and ranks() > 1:
         raise UserError("a term that contrasts images with those of earlier batches (--cr) runs on one rank only")
     inverter = Inverter(pool.model, config, device, student, pool.before, eager)
@@ -124,9 +126,11 @@ def synthesize(
             _lock(held, pool)
             if log is not None:
                 _forget_others(log, pool)
-        missing = [batch for batch in batches if not pool.has(batch)]
+        missing = pool.missing(batches)
         wait_for_all()  # before anyone adds one
         missing = missing[rank() :: ranks()]
+        if missing:
+            require_memory_for(SparseViT(pool.model.vit), config, device)
         hidden = not (progress and missing) or rank() > 0
         with tqdm(total=len(missing) * config.iterations, unit="it", disable=hidden, desc="inversion") as bar:
             for number, batch in enumerate(missing):
@@ -195,5 +199,6 @@ def _forget_others(log: Path, pool: ImagePool) -> None:
 
 
 def _logged(log: Path, pool: ImagePool) -> dict[int, dict]:
-    """What the log says of this pool's batches."""
-    return {entry["batch"]: entry for entry in read_json_lines(log) if entry["pool"] == pool.path.name}
+    """What the log says of this pool's batches. Raises `UserError` where it is damaged."""
+    entries = read_json_lines(log, pool=str, batch=int, seconds=float, peak_memory_bytes=int)
+    return {entry["batch"]: entry for entry in entries if entry["pool"] == pool.path.name}

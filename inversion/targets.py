@@ -16,7 +16,7 @@ def check_targets(targets: tuple[str, ...]) -> None:
     if targets in (("uniform",), ("balanced",)):
         return
     numbers = [targets[0].removeprefix("class:")] if len(targets) == 1 else list(targets)
-    if not numbers or not all(number.isdecimal() for number in numbers):
+    if not numbers or not all(number.isdecimal() and len(number) <= 9 for number in numbers):
         raise UserError(
             f"--targets {' '.join(targets)} is none of uniform, balanced, class:K, or a list of class numbers"
         )

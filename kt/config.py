@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from kt.augment import AUGMENTATIONS
-from utils.cli import positive, rate, setting
+from utils.cli import any_seed, check_numbers, positive, rate, setting
 from utils.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -50,9 +49,8 @@ class DistillConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "eval_every", "lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"distillation: {name} {getattr(self, name)} is not a positive number")
+        check_numbers(self)
+        any_seed.check(self.seed, "--seed")
         known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]
         for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):

@@ -19,7 +19,7 @@ from kt.augment import augmented, drawn
 from kt.config import DistillConfig
 from models import LoadedModel, SparseImages, SparseViT
 from utils.checkpoint import Checkpoint
-from utils.device import pick_device, within_memory
+from utils.device import pick_device, require_memory, within_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
 
@@ -62,6 +62,7 @@ class Distiller:
         if config.batch_size % ranks():
             raise UserError(f"--kr-batchsize {config.batch_size} cannot be divided evenly among {ranks()} ranks")
         self.config, self.device, self.steps = config, device, 0
+        self._require_memory(student)
         self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
         self.student = student.sparse(device)
         if eager:
@@ -73,6 +74,14 @@ class Distiller:
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    def _require_memory(self, student: LoadedModel) -> None:
+        """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
+        vit, width = SparseViT(student.vit), student.vit.embed_dim
+        tokens, learning = vit.grid.count + vit.prefix_tokens, any(p.requires_grad for p in vit.blocks.parameters())
+        saved = tokens * sum(9 * width + 2 * b.hidden + b.heads * tokens for b in vit.blocks) if learning else 0
+        each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
+        require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 
     def run(self, images: SparseImages, steps: int) -> float:
         """`steps` steps on batches drawn from `images`. Returns the mean loss.
@@ -197,16 +206,20 @@ def distill(
         eager: as for `Distiller`.
 
     Raises:
-        UserError: no images, a loss that is no longer finite, a batch that the ranks cannot divide evenly, or not
-            enough GPU memory.
+        UserError: no images, a loss that is no longer finite, a batch that the ranks cannot divide evenly, a checkpoint
+            of something else, or not enough memory.
     """
     device = torch.device(device) if device is not None else pick_device("auto")
     of_epoch = images if callable(images) else lambda epoch: images
     distiller, found = Distiller(teacher, student, config, device, eager), Distilled()
     state = None if checkpoint is None else checkpoint.state
     if state is not None:
-        distiller.load_state_dict(state["distiller"])
-        found = Distilled(**state["progress"])
+        with checkpoint.going_on():
+            distiller.load_state_dict(state["distiller"])
+            found = Distilled(**state["progress"])
+            found.history = [
+                {"loss": one["loss"], "top1": one["top1"], "images": one["images"]} for one in found.history
+            ]
     begun, hidden = len(found.history), not progress or rank() > 0
 
     def finish(epoch: int) -> None:

@@ -11,7 +11,7 @@ from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
 from models.registry import save_local_dir
 from utils.errors import UserError
-from utils.files import atomic_files
+from utils.files import atomic_files, user_path
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
@@ -58,7 +58,7 @@ def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path,
     The student reads images normalized as the teacher's are. The classes are called `label_names` if they are given,
     else as the teacher's configuration calls them.
     """
-    folder, ways = Path(folder).expanduser(), teacher.preprocessing
+    folder, ways = user_path(folder, "the student's folder"), teacher.preprocessing
     config = {key: getattr(ways, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import positive, setting
+from utils.cli import check_numbers, image_side, setting
 
 DEFAULT_MODEL = "deit_nano_4_digits"
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -55,11 +55,14 @@ def short_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model: what `load_model` takes in place of a name."""
+    """Which model: what `load_model` takes in place of a name. Raises `UserError` for a size that cannot be."""
 
     name: str = setting(
         DEFAULT_MODEL, "named DeiT, timm ViT, hf-hub:ORG/NAME, local-dir:DIR", "--model", metavar="NAME"
     )
     path: str | None = setting(None, "local weights, a file or a folder with NAME.pth", "--model_path", metavar="PATH")
     key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
-    img_size: int | None = setting(None, "side of its images in px; default its own", type=positive, metavar="PX")
+    img_size: int | None = setting(None, "side of its images in px; default its own", type=image_side, metavar="PX")
+
+    def __post_init__(self) -> None:
+        check_numbers(self)

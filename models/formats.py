@@ -179,8 +179,7 @@ def _refuse_archive(path: Path, names: Sequence[str]) -> None:
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of every tensor. Raises `UserError` for an index that cannot be read."""
-    content = read_json(index)
-    found = content.get("weight_map") if isinstance(content, dict) else None
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} has no weight_map from tensors to files")
     return found

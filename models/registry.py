@@ -23,11 +23,15 @@ from models.config import NAMED_MODELS, ModelConfig, NamedModel, short_name
 from models.formats import weights_file
 from models.patches import PatchGrid
 from models.sparse_vit import SparseViT, require_supported
-from models.weights import Weights, load_into, read_vit, require_complete
+from models.weights import Weights, check_preprocessing, load_into, read_vit, require_complete
+from utils.cli import Number
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json, require_fields, user_path
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
+
+LOCAL = {"architecture": str, "model_args": dict, "pretrained_cfg": dict}
+DEPTH = Number(int, 1, 1000, "each block is made")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,12 @@ class Preprocessing:
     crop_mode: str
 
     @classmethod
-    def of(cls, vit: VisionTransformer) -> Preprocessing:
-        """What the configuration of `vit` says; the image's size is what its patch embedding takes."""
+    def of(cls, vit: VisionTransformer, name: str = "model") -> Preprocessing:
+        """What the configuration of `vit` says; the image's size is what its patch embedding takes.
+
+        Raises `UserError`, which names the model, for what cannot be.
+        """
+        check_preprocessing(getattr(vit, "pretrained_cfg", None) or {}, name)
         config = timm.data.resolve_model_data_config(vit)
         config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
         config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
@@ -100,14 +108,14 @@ class LoadedModel:
             architecture: as the field; found by itself where timm's name and the sizes of images and head are enough.
 
         Raises:
-            UserError: an architecture that `SparseViT` cannot honour.
+            UserError: an architecture that `SparseViT` cannot honour, or a normalization or crop that cannot be.
         """
         require_supported(vit, name)
         channels = vit.patch_embed.proj.in_channels
         if channels != 3:
             raise UserError(f"{name} takes {channels} channels; only RGB models are supported")
         architecture = architecture or _known_architecture(vit)
-        return cls(name, vit.eval().requires_grad_(False), Preprocessing.of(vit), dataset, architecture)
+        return cls(name, vit.eval().requires_grad_(False), Preprocessing.of(vit, name), dataset, architecture)
 
     @property
     def classes(self) -> int:
@@ -262,8 +270,8 @@ def _architecture(
     if named is not None:
         timm_name, own = named.timm_name, named.model_args or {}
     elif name.startswith("local-dir:"):
-        config = read_json(Path(name.removeprefix("local-dir:")) / "config.json")
-        timm_name, own = config["architecture"], config.get("model_args", {})
+        config = _local_config(name)
+        timm_name, own = config["architecture"], config.get("model_args")
     elif name.startswith("hf-hub:"):
         _, timm_name, own = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
     return timm_name, {**(own or {}), **args, **_sizes(vit)}
@@ -312,7 +320,7 @@ def _weights_path(
             f"the weights of {name} are on no hub; give them with {path_flag} (a folder with {name}.pth), "
             "or make them with scripts/train_teacher.py"
         )
-    path = Path(name.removeprefix("local-dir:") if model_path is None else model_path).expanduser()
+    path = user_path(*((name.removeprefix("local-dir:"), "--model") if model_path is None else (model_path, path_flag)))
     if path.is_dir():
         stem = short_name(name.removeprefix("local-dir:"))
         return weights_file(path, [f"{stem}.pth", f"{stem}.safetensors"], path_flag)
@@ -323,11 +331,23 @@ def _weights_path(
 
 def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag: str) -> VisionTransformer:
     """The model with random weights; `args` win over what its name says."""
-    if name.startswith("local-dir:") and not (Path(name.removeprefix("local-dir:")) / "config.json").is_file():
-        raise UserError(f"{name}: there is no config.json in that folder")
+    if name.startswith("local-dir:"):
+        _local_config(name)
     with _explained(name, path_flag):
         args = {**(named.model_args or {}), **args} if named else args
         return timm.create_model(named.timm_name if named else name, pretrained=False, **args)
+
+
+def _local_config(name: str) -> dict[str, Any]:
+    """The configuration of a `local-dir:`. Raises `UserError` where it is missing or damaged."""
+    file = Path(name.removeprefix("local-dir:")) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{name}: there is no config.json in that folder")
+    config = read_json(file)
+    if "architecture" in config:
+        require_fields({"model_args": {}, "pretrained_cfg": {}} | config, LOCAL, file)
+        DEPTH.check((config.get("model_args") or {}).get("depth", 1), f"{file}: the depth")
+    return config
 
 
 @contextmanager

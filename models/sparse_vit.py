@@ -86,6 +86,11 @@ class SparseBlock(nn.Module):
         self.tap_scores, self.tap_probs = nn.Identity(), nn.Identity()
         self.tap_attn_sum, self.tap_mlp_sum = nn.Identity(), nn.Identity()
 
+    @property
+    def hidden(self) -> int:
+        """Width of the widest layer of the MLP."""
+        return max(layer.out_features for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
+
     def taps(self) -> tuple[nn.Module, ...]:
         """The taps, in the order of the forward pass."""
         before = self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs
@@ -209,6 +214,10 @@ class SparseViT(nn.Module):
     def last_queries(self) -> int | None:
         """How many tokens of the last block's output the head reads: the first so many, or all of them (None)."""
         return self.prefix_tokens if self.head.reads_prefix_only else None
+
+    def largest(self, tokens: int) -> int:
+        """Numbers in the largest tensor of a forward pass of one image, of so many tokens."""
+        return max(tokens * max(block.heads * tokens, block.hidden) for block in self.blocks)
 
     def forward(
         self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False, return_attended: bool = False

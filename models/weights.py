@@ -19,8 +19,10 @@ import torch
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from models.formats import INDEX, read_tree
+from utils.cli import Number, rate
 from utils.errors import UserError, UserNote
 from utils.files import read_json
 
@@ -197,7 +199,10 @@ def load_into(vit: VisionTransformer, name: str, weights: Weights, to_train: boo
     if "register_tokens" in state:
         state = {**state, "mask_token": state["register_tokens"]}  # tells timm that these are names of DINOv2's code
     own = vit.state_dict()
-    state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True, **weights.resampling)
+    try:
+        state = checkpoint_filter_fn(dict(state), vit, adapt_layer_scale=True, **weights.resampling)
+    except Exception as error:  # timm takes the shapes of tensors for granted
+        _raise_unfit(name, path, differ=[f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"])
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differ = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or extra or differ:
@@ -433,15 +438,45 @@ def _sizes_of(arrays: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
+CROPS = ("center", "squash", "border")
+MEAN = Number(float, -1e38, 1e38, "what float32 tells from infinity")
+CROP = Number(float, 0.01, 2, "the share of the resized image's side that is left")
+
+
+def check_preprocessing(config: Mapping[str, Any], where: object) -> None:
+    """Raise `UserError`, which begins with `where`, unless what `pretrained_cfg` says of images can be."""
+    for name, kind in (("mean", MEAN), ("std", rate)):
+        values = config.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise UserError(f"{where}: its {name} {values} is not three numbers")
+        for value in values:
+            kind.check(value, f"{where}: of its {name},")
+    if config.get("crop_pct") is not None:
+        CROP.check(config["crop_pct"], f"{where}: its crop_pct")
+    for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROPS)):
+        if config.get(name) is not None and config[name] not in known:
+            raise UserError(f"{where}: its {name} {config[name]} is none of {', '.join(known)}")
+
+
 def _configuration(path: Path) -> dict[str, Any]:
     """What the `config.json` beside weights says of them, as fields of `Weights`; nothing where there is none."""
     file = path.with_name("config.json")
     if path.name not in STANDARD_NAMES or not file.is_file():
         return {}
     about = read_json(file)
-    if not isinstance(about, dict) or not about.keys() & {"architecture", "model_type"}:
+    if not about.keys() & {"architecture", "model_type"}:
         return {}
-    return _of_timm(file, about) if "architecture" in about else _of_transformers(file, about)
+    try:
+        found = _of_timm(file, about) if "architecture" in about else _of_transformers(file, about)
+    except UserError:
+        raise
+    except Exception as error:  # its values can be of any type, and timm raises many kinds
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
+    check_preprocessing(found["config"], file)
+    return found
 
 
 def _of_timm(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -475,6 +510,8 @@ def _of_transformers(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         config["label_names"] = [labels[number] for number in range(len(labels))]
     act = about.get("hidden_act")
     heads, eps = about.get("num_attention_heads"), about.get("layer_norm_eps")
+    if eps is not None:
+        rate.check(eps, f"{file}: its layer_norm_eps")
     return {"config": config, "heads": heads, "norm_eps": eps, "activation": ACTIVATIONS.get(act, act)}
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from models import SparseImages, SparseViT
 from quant.config import QuantConfig
 from quant.insert import observers, places, quantized_vit, quantizers, wrapped
-from quant.observers import OBSERVERS, Observer
+from quant.observers import OBSERVERS, MinMaxObserver, Observer
 from quant.reconstruction import reconstruct
 from quant.reparameterization import norm_sites, reparameterize
 from quant.stages import correct_biases
-from utils.device import within_memory
+from utils.device import require_memory, within_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks
 
@@ -41,10 +41,11 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress
         progress: show a progress bar of the reconstruction on stderr.
 
     Raises:
-        UserError: no images, more ranks than batches, `--keep` of a layer that is not there, a model that the observer
-            is not for, or not enough GPU memory.
+        UserError: no images, no memory for them, more ranks than batches, `--keep` of a layer that is not there, or a
+            model that the observer is not for.
     """
     config = fitting(vit, config)
+    require_memory_for(vit, config, len(images), images.positions.shape[1], vit.device)
     images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
     if config.reconstruct:
@@ -73,6 +74,31 @@ def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
             chosen = dataclasses.replace(config, observer="mse")
     chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
     return chosen
+
+
+def require_memory_for(vit: SparseViT, config: QuantConfig, count: int, patches: int, device: torch.device) -> None:
+    """Raise `UserError`, before anything is computed, where a calibration finds no room on `device`.
+
+    Args:
+        vit: the model.
+        config: of the calibration.
+        count: images.
+        patches: kept of each.
+        device: where.
+    """
+    tokens = (vit.grid.count if config.fill else patches) + vit.prefix_tokens
+    batch = min(count, config.batch_size)
+    require_memory(batch, observed_bytes(vit, tokens, config), device, "a calibration batch", "--calib-batchsize")
+    if config.reconstruct or config.bias_correction:  # what both models feed a stage is held, and learned from joined
+        forms = 8 if config.reconstruct else 5
+        held = forms * 4 * tokens * vit.patch_proj.out_features
+        require_memory(count, held, device, "the calibration", "--num_images")
+
+
+def observed_bytes(vit: SparseViT, tokens: int, config: QuantConfig) -> int:
+    """About what the forward pass of one image needs: the largest tensor in some forms, histograms' indices among."""
+    forms = 5 if OBSERVERS[config.method].observer is MinMaxObserver else 12
+    return 4 * forms * vit.largest(tokens)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quant.observers import OBSERVERS
-from utils.cli import positive, rate, setting
+from utils.cli import any_seed, check_numbers, positive, rate, setting
 from utils.errors import UserError
 
 BITS = (*range(2, 9), 32)
@@ -64,6 +64,9 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         check_bits(self.w_bit, self.a_bit)
+        check_numbers(self)
+        positive.check(self.batch_size, "--calib-batchsize")
+        any_seed.check(self.seed, "--seed")
         if self.observer not in (*OBSERVERS, "auto"):
             raise UserError(f"--observer {self.observer} is not one of {', '.join((*OBSERVERS, 'auto'))}")
         if self.a_bit == 32 and self.observer in ("percentile", "repq"):

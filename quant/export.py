@@ -20,7 +20,7 @@ from quant.insert import quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
 from utils.device import multiplies_bytes
 from utils.errors import UserError
-from utils.files import atomic, writable_folder
+from utils.files import atomic, user_path, writable_folder
 
 PACKAGES = ("onnx", "onnxruntime")
 SECONDS_TIMED, LEAST_RUNS, MOST_RUNS = 10.0, 5, 20
@@ -54,7 +54,7 @@ def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, op
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
         raise UserError(f"--opset {opset} is not {OLDEST_OPSET} to {newest}, which onnx {onnx.__version__} writes")
-    path = Path(file).expanduser()
+    path = user_path(file, "--export")
     if path.suffix != ".onnx":
         raise UserError(f"--export {file}: give a file name that ends in .onnx")
     if path.is_dir():
@@ -126,7 +126,7 @@ def export(
         classes: names of the classes, in order.
         opset: see `onnx_model`; None: `default_opset`.
     """
-    path, written = Path(file).expanduser(), _serialized(vit, model, config, classes, opset)
+    path, written = user_path(file, "--export"), _serialized(vit, model, config, classes, opset)
     with atomic(path) as partial:
         partial.write_bytes(written)
     return path

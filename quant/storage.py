@@ -21,7 +21,7 @@ from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
 from utils.device import device_name, versions
 from utils.errors import UserError
-from utils.files import atomic, read_json, writable_folder, write_json
+from utils.files import atomic, read_json, require_fields, user_path, writable_folder, write_json
 from utils.ranks import rank, ranks, summed
 
 FORMAT = 1
@@ -56,7 +56,8 @@ def save_quantized(
         save_file(state, partial)
         for name in (MADE_FROM, WEIGHTS):
             (folder / name).unlink(missing_ok=True)
-        write_json(folder / CONFIG, _about(model, config, classes))
+        about = _about(model, config, classes)
+        write_json(folder / CONFIG, {**about, "sha256": _checksum(about, partial)})
     return folder
 
 
@@ -72,6 +73,19 @@ def _about(model: LoadedModel, config: QuantConfig, classes: list[str]) -> dict[
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "classes": classes,
     }
+
+
+def _checksum(about: dict, weights: Path) -> str:
+    """What tells whether a configuration or its weights were changed."""
+    told = {key: value for key, value in about.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    try:
+        with open(weights, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {weights}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def require_own_folder(folder: str | Path, flag: str = "--save") -> Path:
@@ -109,7 +123,8 @@ def quantized_once(
     if config.w_bit == config.a_bit == 32:
         return quantize(vit, images, config, progress), 0.0
     made, digest = folder / MADE_FROM, _digest(vit, images, model, config, classes)
-    found = read_json(made) if made.is_file() and (folder / WEIGHTS).is_file() else {}
+    there = made.is_file() and (folder / WEIGHTS).is_file()
+    found = read_json(made, digest=str, seconds=float) if there else {}
     if summed([float(found.get("digest") == digest)], vit.device)[0] == ranks():
         return load_quantized(folder).to(vit.device), found["seconds"]
     start = time.perf_counter()
@@ -145,10 +160,13 @@ def _digest(vit: SparseViT, images: SparseImages, model: LoadedModel, config: Qu
 
 def load_quantized(folder: str | Path) -> SparseViT:
     """The model that `save_quantized` wrote, on the CPU. Raises `UserError` where there is none or it is damaged."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder, "load_quantized:")
     about = read_json(folder / CONFIG)
     if about.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG} has format {about.get('format')}, this program reads {FORMAT}")
+    require_fields(about, {"architecture": str, "arguments": dict, "quantization": dict}, folder / CONFIG)
+    if about.get("sha256", (found := _checksum(about, folder / WEIGHTS))) != found:
+        raise UserError(f"{folder} is damaged: {CONFIG} and {WEIGHTS} are not what was written; remove it")
     try:
         vit = bare_model(about["architecture"], about["arguments"])
         quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}

@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from utils.quant_task import QuantTask
 
 ONE_MODEL = dict.fromkeys(("--export", "--save", "--sensitivity"), "is for one model; give it to test_quant.py")
+COLUMNS = dict.fromkeys(("task", "model", "method", "strategy", "width"), str) | {"prior": str | None}
+COLUMNS |= dict.fromkeys(("seed", "top1", "top5", "loss", "images", "val_images"), float)
+COLUMNS |= dict.fromkeys(("synthesis_seconds", "images_per_second", "gflop_per_image", "peak_memory_mb"), float | None)
+"""What a finished cell's row has."""
 QUANT_REFUSED = {**REFUSED, "--w_bit": VARIES, "--a_bit": VARIES, **ONE_MODEL}
 
 
@@ -104,11 +108,13 @@ class Bench:
     def __init__(self, task: QuantTask) -> None:
         from models import load_model
         from utils import evaluation_loader
+        from utils.evaluation import require_memory_for
 
         self.device = pick_device(task.run.device, task.run.gpu)
         self.model = load_model(task.model)
         self.data = evaluation_loader(self.model, task.data)
         self.vit = self.model.sparse(self.device)
+        require_memory_for(self.vit, self.data, self.device)
         self.facts = {"fingerprint": self.model.fingerprint(), "val_images": len(self.data.dataset)}
         self.settings = {"model": task.model.name, "dataset": task.data.dataset, **task.data.reading()}
 
@@ -145,7 +151,7 @@ class Bench:
     def full_precision(self, rows: Rows) -> float:
         """Top-1 of the model as it is."""
         cell = {**self.settings, "width": "full precision", **self.facts}
-        row = rows.find(cell) or rows.add(cell, self.evaluated({"fp": self.vit})["fp"])
+        row = rows.find(cell, {"top1": float}) or rows.add(cell, self.evaluated({"fp": self.vit})["fp"])
         return row["top1"]
 
     def run(self, cells: Sequence[Cell], rows: Rows) -> list[dict]:
@@ -158,7 +164,7 @@ class Bench:
         configs = {cell.width: fitting(self.vit, cell.task.quantization) for cell in cells}
         keys = {cell.width: {**cell.task.settings(), **self.facts} for cell in cells}
         folders = {width: task.folder / f"quantized-{width.replace('/', '')}" for width in keys}
-        missing = [width for width, key in keys.items() if rows.find(key) is None]
+        missing = [width for width, key in keys.items() if rows.find(key, COLUMNS) is None]
         if missing:
             print(f"== {self.model.name}, {method.name}, seed {task.run.seed}", flush=True)
             images, cost = self.images(task)
@@ -176,7 +182,7 @@ class Bench:
                 rows.add(keys[width], row)
         for folder in folders.values():  # a row is all that is asked of them
             remove_quantized(folder)
-        return [rows.find(key) for key in keys.values()]
+        return [rows.find(key, COLUMNS) for key in keys.values()]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

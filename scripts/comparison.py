@@ -11,14 +11,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inversion import PRIORS, STRATEGIES
 from models import DEFAULT_MODEL
 from models.config import short_name
-from utils.cli import Parser, natural
+from utils.cli import Parser, any_seed
 from utils.errors import UserError
-from utils.files import append_json_line, atomic, read_json_lines, write_json
+from utils.files import append_json_line, atomic, is_number, read_json_lines, write_json
 from utils.lazy import torch
 from utils.report import accuracy, by_method, duration, table
 
@@ -59,7 +59,7 @@ def grid_parser(about: str, task: str, seed: int, output: str) -> Parser:
     schedule = {"nargs": "+", "help": "schedule of those that have one"}
     add("--prune_it", type=int, metavar="T", default=[50, 100, 200, 300], **schedule)
     add("--prune_ratio", type=float, metavar="R", default=[0.3] * 4, **schedule | {"help": "shares stopped on it"})
-    add("--seeds", nargs="+", type=natural, default=[seed], help="seeds; the table has their mean")
+    add("--seeds", nargs="+", type=any_seed, default=[seed], help="seeds; the table has their mean")
     add(
         "--with",
         dest="extra",
@@ -126,22 +126,35 @@ def refuse_flags(flags: Sequence[str], refused: Mapping[str, str]) -> None:
 
 
 class Rows:
-    """Finished cells, one JSON object a line in `OUTPUT/rows.jsonl`; a cell is the configuration that it came from."""
+    """Finished cells, one JSON object a line in `OUTPUT/rows.jsonl`; a cell is the configuration that it came from.
+
+    Raises `UserError` where the file holds something else.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "rows.jsonl"
-        self.rows = read_json_lines(self.file)
+        self.rows = read_json_lines(self.file, cell=dict)
 
-    def find(self, cell: Mapping[str, object]) -> dict | None:
-        """The row of a cell, if it is finished."""
+    def find(self, cell: Mapping[str, object], columns: Mapping[str, Any] | None = None) -> dict | None:
+        """The row of a cell, if it is finished. Raises `UserError` where it lacks `columns` of these types."""
         wanted = json.loads(json.dumps(cell))
-        return next((row for row in self.rows if row["cell"] == wanted), None)
+        number, row = next((found for found in enumerate(self.rows, 1) if found[1]["cell"] == wanted), (0, None))
+        for name, kind in (columns or {}).items() if row is not None else ():
+            if not _fits(row.get(name, ...), kind):
+                raise UserError(f"{self.file} is damaged: row {number} has no {name} that can be; remove the row")
+        return row
 
     def add(self, cell: Mapping[str, object], row: Mapping[str, object]) -> dict:
         """Keep a finished cell."""
         self.rows.append({**row, "cell": json.loads(json.dumps(cell))})
         append_json_line(self.file, self.rows[-1])
         return self.rows[-1]
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, or of one of a union; floats are finite, and may be integers."""
+    number = isinstance(value, int | float) and isinstance(0.0, kind)
+    return is_number(value, float) if number else isinstance(value, kind)
 
 
 def means(rows: Sequence[dict], group_by: Sequence[str]) -> list[dict]:
@@ -156,7 +169,7 @@ def _mean(group: list[dict]) -> dict:
     top1 = [row["top1"] for row in group]
     mean = {key: value for key, value in group[0].items() if key not in ("cell", "seed", "per_seed")}
     for key, value in mean.items():
-        values = [row[key] for row in group]
+        values = [row.get(key) for row in group]
         if isinstance(value, float):
             mean[key] = None if None in values else round(statistics.mean(values), 4)
     spread = round(statistics.stdev(top1), 3) if len(top1) > 1 else None

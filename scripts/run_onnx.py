@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--top", type=int, default=3, help="classes to name for each image; default 3")
     about = "what is behind transparency, 0 to 255 each; default white"
     parser.add_argument("--background", type=colour, default=WHITE, metavar="R,G,B", help=about)
+    parser.error = lambda message: _fail(f"{message} (--help lists the flags)")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="PIL")  # of files that are then read or refused
     try:

@@ -30,11 +30,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.config import DEFAULT_MODEL, NAMED_MODELS, ModelConfig
-from utils.cli import Parser, add_flags, from_flags, natural, positive, rate, setting
+from utils.cli import (
+    Parser,
+    add_flags,
+    any_seed,
+    check_numbers,
+    from_flags,
+    image_side,
+    natural,
+    positive,
+    rate,
+    setting,
+    workers,
+)
 from utils.config import DataConfig, Reading
 from utils.device import pick_device, pick_dtype, seed_all, versions
 from utils.errors import UserError
-from utils.files import atomic_files, writable_folder, write_json
+from utils.files import atomic_files, user_path, writable_folder, write_json
 from utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -77,7 +89,7 @@ class TrainConfig(Reading):
     model: str = setting(DEFAULT_MODEL, "a name of the registry, a timm name, hf-hub:NAME or local-dir:PATH")
     model_path: str | None = setting(None, "weights to start from, file or folder; default its own", metavar="PATH")
     key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
-    img_size: int | None = setting(None, "side of its images in px; default its own", type=positive, metavar="PX")
+    img_size: int | None = setting(None, "side of its images in px; default its own", type=image_side, metavar="PX")
     init: str = setting("pretrained", "start from trained or random weights", choices=("pretrained", "scratch"))
     dataset: str | None = setting(None, "folder of the data, of CIFAR its root; the digits need none", metavar="DIR")
     data: str | None = setting(None, "kind of data; default what the model's name tells", choices=(*CLASSES, "folder"))
@@ -94,12 +106,13 @@ class TrainConfig(Reading):
     patch_drop: float = setting(0.0, "patches left out of a step: a share in [0, PATCH_DROP)", type=share)
     dtype: str = setting("auto", "number format of matrix products", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    seed: int = setting(0, "seed of weights, order and augmentation", type=natural)
-    num_workers: int = setting(4, "processes that load images, at most one a usable CPU", type=natural)
+    seed: int = setting(0, "seed of weights, order and augmentation", type=any_seed)
+    num_workers: int = setting(4, "processes that load images, at most one a usable CPU", type=workers)
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self)
         if self.init == "scratch" and self.model_path is not None:
             raise UserError("--init scratch starts from random weights; leave out --model_path")
         data = self.data or implied_data(self.model, self.dataset)
@@ -145,7 +158,7 @@ def count_classes(data: str, dataset: str | None) -> int:
         raise UserError(f"--dataset DIR is missing: {what}")
     if data in CLASSES:
         return CLASSES[data]
-    train = Path(dataset).expanduser() / "train"
+    train = user_path(dataset, "--dataset") / "train"
     count = len(subfolders(train)) if train.is_dir() else 0
     if count < 2:
         raise UserError(
@@ -309,7 +322,7 @@ class Trainer:
         self.vit.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.history = state["history"]
+        self.history = [{key: one[key] for key in ("loss", "top1", "seconds")} for one in state["history"]]
         torch.set_rng_state(state["random"])
         if len(state["cuda_random"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_random"])
@@ -342,8 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test, labels = load_data(config, loaded.preprocessing, classes)
     trainer = Trainer(loaded.vit, train, config)
     if checkpoint.state is not None:
-        trainer.load_state_dict(checkpoint.state)
-        print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
+        with checkpoint.going_on():
+            trainer.load_state_dict(checkpoint.state)
+            print(f"going on after epoch {len(trainer.history)} of {config.epochs}")
     while (pending := trainer.history and trainer.history[-1]["top1"] is None) or len(trainer.history) < config.epochs:
         if not pending:
             trainer.run_epoch()

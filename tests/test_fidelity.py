@@ -11,7 +11,7 @@ from models import ModelConfig, load_model
 from quant import QuantConfig, quantize
 from quant.fidelity import fidelity
 from utils import DataConfig, QuantTask, Real, RunConfig, calibration_images
-from utils.quant_task import check_images, remedies
+from utils.quant_task import check_source, remedies
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(model, task):
-    return check_images(model, task, CPU)
+    return calibration_images(model, check_source(model, task, CPU), 32)
 
 
 def test_a_model_is_its_own_like(model, images):
@@ -54,7 +54,9 @@ def test_images_to_check_with_are_whole_right_and_the_same_every_time(model, tas
     with torch.no_grad():
         found = model.sparse()(images.patches, images.positions).logits.argmax(1)
     assert (found == images.labels).float().mean() > 0.9
-    assert torch.equal(images.patches, check_images(model, replace(task, check_pool=tmp_path), CPU).patches)
+    source = check_source(model, replace(task, check_pool=tmp_path), CPU)
+    again = calibration_images(model, source, 32)
+    assert torch.equal(images.patches, again.patches)
 
 
 def test_it_ranks_widths_as_the_accuracy_does(model, images):

@@ -225,9 +225,9 @@ def test_training_images_are_changed_and_mirrored_only_where_asked(flip):
         (["--init", "scratch", "--model_path", "x"], "leave out --model_path"),
         (["--model_path", "/nowhere"], "/nowhere does not exist"),
         (["--model", "resnet18"], "not a timm VisionTransformer"),
-        (["--lr", "0"], "0 is not a positive number"),
+        (["--lr", "0"], "--lr: 0 is not a number from 1e-38"),
         (["--lr", "1e30"], "the loss became"),
-        (["--epochs", "0"], "below 1"),
+        (["--epochs", "0"], "--epochs: 0 is not an integer from 1"),
     ],
 )
 def test_wrong_inputs_are_told(flags, change, message):

@@ -72,7 +72,7 @@ def labels_of(model: LoadedModel) -> Labels:
     if names and config.get("num_classes", model.classes) == model.classes:
         names, described = _listed(names, model), config.get("label_descriptions")
         described = described if isinstance(described, Mapping) else {}
-        return Labels(model.classes, names, [_readings(described.get(name, "")) for name in names])
+        return Labels(model.classes, names, [_readings(str(described.get(name, ""))) for name in names])
     if model.dataset in NAMES and model.classes == len(names_of(model.dataset)):
         return Labels(model.classes, names_of(model.dataset))
     subset = infer_imagenet_subset(model.vit)
@@ -165,10 +165,11 @@ def _require_one_folder_each(numbers: Mapping[str, int], names: Sequence[str], w
 
 def _listed(names: Sequence | Mapping, model: LoadedModel) -> list[str]:
     """timm's `label_names`, a list or a dictionary from classes to names, which may leave some out."""
+    names = names if isinstance(names, list | tuple | Mapping) else []
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
     try:
         found = {int(number): str(name) for number, name in pairs}
-    except ValueError:
+    except (ValueError, TypeError):
         found = {}
     named = [found.get(number, str(number)) for number in range(model.classes)]
     complete = len(names) == model.classes or isinstance(names, Mapping)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
+import numbers
 import shlex
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
@@ -111,25 +111,59 @@ def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+@dataclass(frozen=True)
+class Number:
+    """The numbers that a setting may be, from `low` to `high`: an argparse type, and a check for Python's callers.
+
+    `why`: what stands behind the upper limit.
+    """
+
+    kind: type
+    low: float
+    high: float
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'an integer' if self.kind is int else 'a number'} from {self.low} to {self.high} ({self.why})"
+
+    def __call__(self, text: str) -> int | float:
+        """What a flag's text stands for."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if not self.holds(value):
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not {self}")
+        return value
+
+    def holds(self, value: object) -> bool:
+        """Whether `value` is one of them."""
+        kind = numbers.Integral if self.kind is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def check(self, value: object, name: str) -> None:
+        """Raise `UserError`, which calls it `name`, unless `value` is one of them."""
+        if not self.holds(value):
+            raise UserError(f"{name} {_short(str(value))} is not {self}")
 
 
-def natural(text: str) -> int:
-    """argparse type: an integer of 0 or more that fits into 63 bits, as seeds have to."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is not in 0 to {2**63 - 1}")
-    return value
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:36]} .."
 
 
-def rate(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def check_numbers(config: object) -> None:
+    """Raise `UserError` unless the settings of a configuration whose flags take a `Number` are one, or None."""
+    for one, flags, _ in _settings(type(config)):
+        how, value = one.metadata["how"], getattr(config, one.name)
+        if isinstance(how.get("type"), Number) and value is not None:
+            for single in value if "nargs" in how else [value]:
+                how["type"].check(single, flags[-1])
+
+
+positive = Number(int, 1, 2**31 - 1, "32 bits")
+natural = Number(int, 0, 2**31 - 1, "32 bits")
+any_seed = Number(int, 0, 2**63 - 1, "64 bits")
+rate = Number(float, 1e-38, 1e38, "what float32 tells from 0 and infinity")
+weight = Number(float, 0, 1e38, "what float32 tells from infinity")
+workers = Number(int, 0, 4096, "each is a process")
+image_side = Number(int, 1, 4096, "attention compares all pairs of patches")

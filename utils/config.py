@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.cli import natural, positive, setting
+from utils.cli import any_seed, check_numbers, natural, positive, setting, workers
 from utils.errors import UserError
 
 Colour = tuple[int, int, int]
@@ -53,26 +53,34 @@ class Reading:
 
 @dataclass(frozen=True)
 class DataConfig(Reading):
-    """What a model is evaluated on, and how it is read."""
+    """What a model is evaluated on, and how it is read. Raises `UserError` as `Reading`, and for odd numbers."""
 
     dataset: str | None = setting(None, "data: image folder or CIFAR; the bundled model needs none", metavar="DIR")
     val_limit: int | None = setting(None, "evaluate on N images only; default all", type=positive, metavar="N")
     val_batchsize: int = setting(200, "images per evaluation batch", "--val-batchsize", type=positive)
-    num_workers: int = setting(4, "processes that load images, at most one a usable CPU", "--num-workers", type=natural)
+    num_workers: int = setting(4, "processes that load images, at most one a usable CPU", "--num-workers", type=workers)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a task runs and where its outcome goes; only `seed` changes numbers.
 
-    `progress`: show progress bars on stderr. `command`: as typed, for the report.
+    `progress`: show progress bars on stderr. `command`: as typed, for the report. Raises `UserError` for impossible
+    numbers.
     """
 
     output: str | None = setting(None, "where report and pictures go; default runs/ and the task's name", metavar="DIR")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     gpu: int = setting(0, "number of the CUDA GPU", type=natural)
-    seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=natural)
+    seed: int = setting(0, "seed of noise, labels, jitter and random choices", type=any_seed)
     tensorboard: bool = setting(False, "write the course of the inversion to OUTPUT/tensorboard")
     eager: bool = setting(False, "no CUDA graph, packed layer or gradient written out: slower, the same up to rounding")
     progress: bool = False
     command: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self)

@@ -18,6 +18,7 @@ from utils.classes import Labels, class_numbers, labels_of, names_of
 from utils.config import Colour, DataConfig
 from utils.device import shared_memory_bytes, usable_cpus
 from utils.errors import UserError, UserNote
+from utils.files import user_path
 from utils.image_files import (
     ENDINGS,
     WHITE,
@@ -93,7 +94,7 @@ def unlabelled_files(folder: str | Path, transform: Callable, background: Colour
 
     Raises `UserError` where there are none.
     """
-    root = Path(folder).expanduser()
+    root = user_path(folder, "--images")
     files = image_paths(root) if root.is_dir() else []
     if not files:
         raise UserError(f"{root} is no image pool (it has no pool.json), and holds no image files")
@@ -120,7 +121,7 @@ def load_split(split: str, kind: str | None, data: DataConfig, transform: Callab
         return _in_order_of(Digits(split, transform), labels, data, "the bundled digits")
     if data.dataset is None:
         raise UserError("this model needs --dataset DIR, the path to its data")
-    root = Path(data.dataset).expanduser()
+    root = user_path(data.dataset, "--dataset")
     if not root.is_dir():
         hint = f"; make the folder to have {kind} downloaded into it" if kind in CIFAR else ""
         raise UserError(f"--dataset {root} is not a folder{hint}")

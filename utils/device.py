@@ -9,7 +9,7 @@ import platform
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,9 +92,7 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     """As Linux gives it; elsewhere the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
@@ -143,7 +141,9 @@ def within_memory(
     except torch.OutOfMemoryError:
         pass  # from here on nothing holds what was allocated
     most = (batch - 1) // unit
-    fitting = unit * fitting_batch(lambda units: memory_taken(lambda: probe(units), device), free_memory(device), most)
+    torch.cuda.empty_cache()
+    free = free_memory_bytes(device)
+    fitting = unit * fitting_batch(lambda units: memory_taken(lambda: probe(units), device), free, most)
     fits = f"about {fitting} would fit" if fitting else f"not even {unit} would fit"
     raise UserError(f"{batch} images a batch need more memory than {device_name(device)} has left; {fits} ({flags})")
 
@@ -172,15 +172,70 @@ def memory_taken(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - held
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that this process could still get."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def free_memory_bytes(device: torch.device) -> int:
+    """What this process may still take: of the GPU, or of the machine and of the control groups that it is in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    told = dict(line.split(":", 1) for line in _lines("/proc/meminfo"))
+    if "MemAvailable" not in told:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([int(told["MemAvailable"].split()[0]) * 1024, *_free_in_groups()])
 
 
-def physical_memory_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def require_memory(count: int, each: int, device: torch.device, what: str, flag: str) -> None:
+    """Raise `UserError` where `count` times `each` bytes find no room; what was found to fit once is not asked again.
+
+    Args:
+        count: how many of what `flag` sets.
+        each: bytes that each of them needs.
+        device: where.
+        what: what errors call the whole.
+        flag: what sets the number.
+    """
+    needed, there = count * each, free_memory_bytes(device)
+    if needed <= _fitted.get(device, 0):  # by then freed, and kept by the allocator for the next
+        return
+    if needed > there:
+        fits = f"{there // each} would fit" if there >= each else "not even one would fit"
+        text = f"{what} needs about {needed / 1e9:.3g} GB of memory, {there / 1e9:.3g} GB are free"
+        raise UserError(f"{text}; lower {flag} {count}: {fits}")
+    _fitted[device] = needed
+
+
+_fitted: dict[torch.device, int] = {}
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What is left in each control group of this process that has a limit, in either version of Linux's."""
+    for line in _lines("/proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        limit, used, cache = _GROUP_FILES[kinds]
+        root = Path("/sys/fs/cgroup", kinds)
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root):
+                numbers = [*_lines(group / limit), *_lines(group / used)]
+                cached = [line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(cache)]
+                if len(numbers) == 2 and numbers[0].isdecimal():
+                    yield max(int(numbers[0]) - int(numbers[1]) + sum(map(int, cached)), 0)
+
+
+# By the kind of the control group: files of its limit and of what is in use, and what of it can be taken back.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file "),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+}
+
+
+def _lines(file: str | Path) -> list[str]:
+    """The lines of a file of the system, none where there is no such file."""
+    try:
+        return Path(file).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def usable_cpus() -> int:

@@ -85,7 +85,8 @@ def _end_workers() -> None:
 def run_main(main: Callable[[], object]) -> None:
     """Run an entry point: `UserNote` and `UserError` become lines on stderr, the latter with exit code 2.
 
-    What libraries warn of is shown when the run has ended, and not at all above the one line of a `UserError`.
+    What the system refuses, a file or memory, is such a line as well. What libraries warn of is shown when the run has
+    ended, and not at all above the one line of an error.
     """
     global _ending
     import logging
@@ -110,18 +111,16 @@ def run_main(main: Callable[[], object]) -> None:
             if sys.platform == "win32":
                 raise UserError("this runs on Linux and macOS; on Windows, in its Subsystem for Linux (WSL)")
             main()
-    except UserError as error:
-        held.clear()
-        _ending = True
-        rank = os.environ.get("RANK", "0")
-        print("error: " + ("" if rank == "0" else f"rank {rank}: ") + _message(error), file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        sys.stdout.flush()
+    except Exception as error:
+        refused = error if isinstance(error, UserError) else _refused(error)
+        if refused is None:
             raise
         held.clear()
         _ending = True
-        print("error: there is not enough GPU memory left; lower the batch sizes", file=sys.stderr)
+        _flush()
+        rank = os.environ.get("RANK", "0")
+        print("error: " + ("" if rank == "0" else f"rank {rank}: ") + _message(refused), file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         logging.lastResort = last_resort
@@ -134,3 +133,26 @@ def _message(error: UserError) -> str:
     if text.startswith("Caught UserError in ") and "\nOriginal Traceback" in text:
         return text.strip().splitlines()[-1].removeprefix("utils.errors.UserError: ")
     return str(error)
+
+
+def _refused(error: Exception) -> UserError | None:
+    """What the system did not give, in words; None for any other error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = "" if error.filename is None else f"cannot use {error.filename}: "
+        return UserError(where + (error.strerror or type(error).__name__))
+    import re
+
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        wanted = re.search(r"allocate (\d[\w.]* ?\w*)", text)
+        tried = f" (for {wanted[1]})" if wanted else ""
+        return UserError(f"there is no memory left{tried}; ask for smaller batches, fewer images or a smaller model")
+    return None
+
+
+def _flush() -> None:
+    """Print what is to be printed, or drop it where there is no room for it: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

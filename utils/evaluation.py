@@ -14,8 +14,14 @@ from tqdm import tqdm
 from models import SparseViT
 from quant.integers import with_integer_products
 from utils.data import tell_transparent
-from utils.device import within_memory
+from utils.device import require_memory, within_memory
 from utils.ranks import rank, summed
+
+
+def require_memory_for(vit: SparseViT, data: DataLoader, device: torch.device) -> None:
+    """Raise `UserError`, before anything is computed, where a batch of an evaluation finds no room on `device`."""
+    each = 4 * (5 * vit.largest(vit.grid.count + vit.prefix_tokens) + 3 * vit.grid.count * vit.grid.pixels)
+    require_memory(min(data.batch_size, len(data.dataset)), each, device, "an evaluation batch", "--val-batchsize")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from inversion.priors import options, terms
 from kt import DistillConfig, StudentConfig
 from models import ModelConfig
 from quant import QuantConfig
-from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive
+from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype
 from utils.errors import UserError
@@ -123,7 +123,7 @@ def add_inversion_arguments(parser: Parser) -> None:
     add_flags(parser, InversionConfig, unset=True)
     for name, term in terms().items():
         used = f"default {term.weight:g} with its prior" if name != "oh" else f"default {term.weight:g}"
-        add(f"--{name}", type=float, metavar="W", help=f"{term.help}; {used}")
+        add(f"--{name}", type=weight, metavar="W", help=f"{term.help}; {used}")
     for name, option in options().items():
         add(f"--{name}", type=option.type, metavar="X", help=f"{option.help}; default {option.default}")
 

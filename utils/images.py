@@ -15,8 +15,9 @@ from models import LoadedModel, SparseImages
 from utils.classes import labels_of
 from utils.config import Colour, DataConfig
 from utils.data import load_split, random_subset, tell_transparent, unlabelled_files
-from utils.device import physical_memory_bytes, pick_device
+from utils.device import pick_device, require_memory
 from utils.errors import UserError
+from utils.files import user_path
 from utils.pictures import LossCurve
 from utils.ranks import rank_zero_first
 
@@ -72,7 +73,7 @@ class Stored:
 
     def pool(self, model: LoadedModel) -> ImagePool | None:
         """The pool, None where the folder is none. Raises `UserError` where it is another model's."""
-        folder = Path(self.path).expanduser()
+        folder = user_path(self.path, "--images")
         return ImagePool.existing(folder, model) if (folder / "pool.json").is_file() else None
 
 
@@ -164,6 +165,7 @@ class Synthesis:
         """The first `count` images. Where `add` is off, all of them have to be there."""
         have = 0 if self.images is None else len(self.images)
         if count > have:
+            _require_memory(count, self.pool.model, self.pool.config.kept(self.pool.grid.count))
             if add:
                 synthesize(self.pool, count, **self.where, **self.how)
             new = self.pool.read(count, first=have)
@@ -190,11 +192,7 @@ class Synthesis:
         return LossCurve(self.pool.losses(count), [stage.start for stage in stages], [s.patches for s in stages])
 
 
-def _require_memory(count: int, model: LoadedModel) -> None:
-    """Raise `UserError` where whole images, held in float32 once as they come and once as patches, find no room."""
-    needed, there = 2 * 4 * count * math.prod(model.preprocessing.input_size), physical_memory_bytes()
-    if needed > there:
-        raise UserError(
-            f"{count:,} images of this size need {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f}; "
-            "ask for fewer (--num_images, --max_images)"
-        )
+def _require_memory(count: int, model: LoadedModel, patches: int | None = None) -> None:
+    """Raise `UserError` where images of so many patches, all if None, find no room: in float32, twice."""
+    each = 2 * 4 * (patches or model.grid.count) * model.grid.pixels
+    require_memory(count, each, torch.device("cpu"), f"holding {count:,} images", "--num_images or --max_images")

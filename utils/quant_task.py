@@ -7,21 +7,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
-from inversion import SynthesisReport, configured
+from inversion import SynthesisReport, configured, engine
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
-from quant import QuantConfig, export, fitting, require_own_folder, save_quantized
+from quant import QuantConfig, calibration, export, fitting, require_own_folder, save_quantized
 from quant.fidelity import fidelity
 from quant.sensitivity import save_sensitivity, sensitivity
 from quant.storage import quantized_once
-from utils.cli import by_flag
+from utils import evaluation
+from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, pick_dtype, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.files import write_json
-from utils.images import Inverted, Synthesis, images_at_hand
+from utils.files import user_path, write_json
+from utils.images import Inverted, Stored, Synthesis, images_at_hand
 from utils.pictures import LossCurve, save_images, save_loss_curve
 from utils.ranks import rank, rank_zero_first, ranks
 from utils.report_page import write_quant_page
@@ -58,6 +60,8 @@ class QuantTask(Task):
     opset: int | None = None
 
     def __post_init__(self) -> None:
+        positive.check(self.num_images, "--num_images")
+        natural.check(self.check_images, "--check_images")
         if self.opset is not None and not self.export:
             raise UserError("--opset is the version of the file of --export, which is not given")
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
@@ -89,7 +93,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     model = load_model(task.model)
     config = fitting(SparseViT(model.vit), task.quantization)
     output = task.folder
-    kept, saved = output / "quantized", task.save and Path(task.save).expanduser()
+    kept, saved = output / "quantized", task.save and user_path(task.save, "--save")
     if not config.w_bit == config.a_bit == 32:
         require_own_folder(kept, "--output")
     if saved:
@@ -100,6 +104,8 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     chosen, image_size = limited(test_set, task.data.val_limit), model.preprocessing.input_size
     data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
 
+    _require_memory(task, model, config, data, device)
+
     images, synthesis, curve = _calibration(task, model, device, output)
     vit = model.sparse(device)
     quantized, seconds = quantized_once(kept, vit, images, model, config, test_set.classes, task.run.progress)
@@ -108,7 +114,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         if saved and saved.resolve() != kept.resolve() and rank() == 0:
             save_quantized(saved, quantized, model, config, test_set.classes)
         if task.export:
-            file = Path(task.export).expanduser()
+            file = user_path(task.export, "--export")
             if rank() == 0:
                 export.export(file, quantized, model, config, test_set.classes, task.opset)
             models["export"] = export.OnnxModel(file)
@@ -151,13 +157,24 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     return report
 
 
-def check_images(model: LoadedModel, task: QuantTask, device: torch.device) -> SparseImages:
+def _require_memory(
+    task: QuantTask, model: LoadedModel, config: QuantConfig, data: DataLoader, device: torch.device
+) -> None:
+    """Raise `UserError` where something that comes later in the run finds no room."""
+    vit, stored = SparseViT(model.vit), isinstance(task.images, Stored)
+    patches = task.images.config.kept(model.grid.count) if isinstance(task.images, Inverted) else model.grid.count
+    if not stored:  # of a pool nobody has said yet how many patches its images have
+        calibration.require_memory_for(vit, config, task.num_images, patches, device)
+    if task.check_images:
+        engine.require_memory_for(vit, check_source(model, task, device).config, device, "--check_images")
+    evaluation.require_memory_for(vit, data, device)
+
+
+def check_source(model: LoadedModel, task: QuantTask, device: torch.device) -> Inverted:
     """Images inverted out of the model, kept and the same for every run; no run is calibrated on them."""
     tv2 = SMOOTH / math.sqrt(task.check_images * math.prod(model.preprocessing.input_size))
     fixed = {"batch_size": task.check_images, "seed": CHECK_SEED, "dtype": pick_dtype("auto", device)}
-    source = Inverted(configured(tv2=float(f"{tv2:.3g}"), **CHECK, **fixed), task.check_pool)
-    how = {"progress": task.run.progress, "eager": task.run.eager}
-    return Synthesis(model, source, device, **how).first(task.check_images)
+    return Inverted(configured(tv2=float(f"{tv2:.3g}"), **CHECK, **fixed), task.check_pool)
 
 
 def _check(
@@ -169,7 +186,8 @@ def _check(
     config: QuantConfig,
 ) -> dict[str, object]:
     """The `Fidelity` of the quantized model; of a suspect one also the places that cost most, and what to try."""
-    seen = check_images(model, task, vit.device)
+    how = {"progress": task.run.progress, "eager": task.run.eager}
+    seen = Synthesis(model, check_source(model, task, vit.device), vit.device, **how).first(task.check_images)
     found = fidelity(vit, quantized, seen, config.batch_size)
     report = {"images": len(seen), **asdict(found), "predicted_drop": round(found.predicted_drop, 2)}
     if found.predicted_drop >= SUSPECT:

@@ -13,10 +13,11 @@ import torch
 
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
-from models import LoadedModel, SparseImages, load_model
+from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
+from utils import evaluation
 from utils.checkpoint import Checkpoint
-from utils.cli import by_flag
+from utils.cli import by_flag, natural, positive
 from utils.data import evaluation_set, limited, loader
 from utils.device import pick_device, seed_all
 from utils.errors import UserError
@@ -45,6 +46,9 @@ class TransferTask(Task):
     distillation: DistillConfig
 
     def __post_init__(self) -> None:
+        natural.check(self.images_per_epoch, "--images_per_epoch")
+        if self.max_images is not None:
+            positive.check(self.max_images, "--max_images")
         if isinstance(self.images, Noise) and not self.fixed_images:
             raise UserError("--mode 1 --images_per_epoch 0 asks for no images; give --max_images")
 
@@ -97,10 +101,12 @@ def transfer_report(
     test_set = evaluation_set(teacher, task.data)
     chosen, image_size = limited(test_set, task.data.val_limit), teacher.preprocessing.input_size
     data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
+    evaluation.require_memory_for(SparseViT(teacher.vit), data, device)
     student = load_student(teacher, task.student)
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:
-        done = len(checkpoint.state["progress"]["history"])
+        with checkpoint.going_on():
+            done = len(checkpoint.state["progress"]["history"])
         tell(f"going on after epoch {done} of {task.distillation.epochs}")
     found = distill(
         teacher,

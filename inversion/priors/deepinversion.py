@@ -6,11 +6,11 @@ is given beside the teacher: a Vision Transformer has no batch norm.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
 from utils.errors import UserError
+from utils.files import user_path
 from utils.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def load_cnn(source: str) -> nn.Module:
                 f"torchvision's weights of {name} cannot be downloaded ({error}); "
                 f"give --bn_source {name}=FILE with a state_dict"
             ) from None
-    state = read_weights(Path(file).expanduser())
+    state = read_weights(user_path(file, "--bn_source"))
     head = next((value for key, value in reversed(state.items()) if value.ndim == 2), None)
     classes = {} if head is None else {"num_classes": len(head)}
     cnn = torchvision.models.get_model(name, weights=None, **classes)

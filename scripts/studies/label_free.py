@@ -36,8 +36,9 @@ from scripts.comparison import Rows
 from utils.data import loader
 from utils.evaluation import evaluate
 from utils.files import writable_folder, write_json
+from utils.images import calibration_images
 from utils.pictures import save_figure
-from utils.quant_task import CHECK, SMOOTH, SUSPECT, check_images
+from utils.quant_task import CHECK, SMOOTH, SUSPECT, check_source
 from utils.report import table
 
 
@@ -51,7 +52,8 @@ def with_observers(cells: Sequence[Cell], observers: Sequence[str]) -> list[Cell
 
 def add_rows(bench: Bench, cells: Sequence[Cell], rows: Rows, check: Mapping[str, object]) -> None:
     """What each cell of one model loses, and what `check` finds; those of one method are evaluated in one pass."""
-    seen = check_images(bench.model, cells[0].task, bench.device)
+    source = check_source(bench.model, cells[0].task, bench.device)
+    seen = calibration_images(bench.model, source, source.config.batch_size, device=bench.device)
     for (seed, method), group in itertools.groupby(cells, key=lambda cell: (cell.task.run.seed, cell.method)):
         group = list(group)
         keys = [cell.task.settings() | bench.facts for cell in group]

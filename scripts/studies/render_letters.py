@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from utils.cli import Parser, natural, positive
+from utils.cli import Parser, any_seed, positive
 from utils.errors import UserError
 from utils.files import writable_folder
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--train", type=positive, default=160, help="training images per letter")
     parser.add_argument("--test", type=positive, default=12, help="test images per letter")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=any_seed, default=0, help="seed of everything random")
     parser.add_argument("--output", metavar="DIR", required=True, help="a new folder for the images")
     args = parser.parse_args(argv)
     output = writable_folder(args.output, "--output")
