@@ -25,6 +25,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
+from sklearn.isotonic import IsotonicRegression
 from torch.utils.data import Subset
 
 from models import SparseViT
@@ -92,24 +93,41 @@ def top1_of_halves(bench: Bench, models: Mapping[object, SparseViT]) -> dict[obj
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """Rank correlations with the true loss and between the halves, and how far off the predicted loss is, in points."""
+    """Rank correlations with the true loss and between the halves, how far off the predicted loss is, and the alarm.
+
+    All in points of top-1: `off` of the prediction that a run gives, `of others` of a rising curve fitted to the other
+    models alone; `unsuspected` and `suspected` are the most and the least that models lost without and with an alarm.
+    """
     names = list(dict.fromkeys(row["model"] for row in rows))
     groups = {name: [row for row in rows if row["model"] == name] for name in names} | {"all": list(rows)}
     found = []
     for name, group in groups.items():
         drops = [row["drop"] for row in group]
-        off = [abs(predicted(row) - row["drop"]) for row in group]
-        small = [o for o, row in zip(off, group, strict=True) if predicted(row) < SUSPECT]
+        off = sorted(abs(predicted(row) - row["drop"]) for row in group)
+        others = [row for row in rows if row["model"] != name] if name != "all" else []
+        silent = [row["drop"] for row in group if row["lost_confidence"] < SUSPECT]
+        alarmed = [row["drop"] for row in group if row["lost_confidence"] >= SUSPECT]
         figures = {
             **{key: spearmanr(drops, [row[key] for row in group])[0] for key in ("lost_confidence", "divergence")},
             "agreement": spearmanr(drops, [-row["agreement"] for row in group])[0],
             "halves": spearmanr(*zip(*(row["drops_of_halves"] for row in group), strict=True))[0],
             "off, median": statistics.median(off),
-            "most": max(off),
-            f"most below {SUSPECT:g}": max(small, default=math.nan),
+            "90%": off[math.ceil(0.9 * len(off)) - 1],
+            "most": off[-1],
+            "of others, most": max(transferred(others, group)) if others else math.nan,
+            "unsuspected": max(silent, default=math.nan),
+            "suspected": min(alarmed, default=math.nan),
         }
         found.append({"model": name, "rows": len(group), **{key: round(float(v), 3) for key, v in figures.items()}})
     return found
+
+
+def transferred(known: Sequence[dict], rows: Sequence[dict]) -> list[float]:
+    """How far off each of `rows` is by the best rising curve through `known`, in points."""
+    curve = IsotonicRegression(out_of_bounds="clip")
+    curve.fit([row["lost_confidence"] for row in known], [row["drop"] for row in known])
+    guesses = curve.predict([row["lost_confidence"] for row in rows])
+    return [abs(guess - row["drop"]) for guess, row in zip(guesses, rows, strict=True)]
 
 
 def predicted(row: Mapping[str, float]) -> float:
@@ -126,8 +144,9 @@ def save_picture(path: Path, rows: Sequence[dict]) -> None:
         mine = [row for row in rows if (row["model"], row["observer"]) == (name, observer)]
         places = [row["lost_confidence"] for row in mine], [row["drop"] for row in mine]
         axes.scatter(*places, marker=mark, s=18, color=f"C{color}", label=f"{name}, {observer}", linewidth=0.8)
-    line = [share / 100 for share in range(1, 101)]
+    line = [share / 1000 for share in range(1, 1001)]
     foretold = [Fidelity(0, 0, share).predicted_drop for share in line]
+    axes.axvline(SUSPECT, color="0.8", linewidth=1)
     axes.plot(line, foretold, color="0.5", linewidth=1, label="foretold")
     axes.set(xlabel="lost confidence without labels", ylabel="top-1 lost, points", xscale="log")
     axes.set_yscale("symlog", linthresh=1)
