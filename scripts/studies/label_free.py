@@ -150,6 +150,7 @@ def save_picture(path: Path, rows: Sequence[dict]) -> None:
     axes.plot(line, foretold, color="0.5", linewidth=1, label="foretold")
     axes.set(xlabel="lost confidence without labels", ylabel="top-1 lost, points", xscale="log")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-1.2, 130)
     axes.legend(fontsize=7)
     save_figure(path, figure)
 
