@@ -106,7 +106,7 @@ def synthesize(
 
     Raises:
         UserError: the pool lacks images and cannot be written or another process is filling it, the loss is no longer
-            finite, or more ranks than batches. A callback's errors go through.
+            finite. A callback's errors go through.
     """
     config = pool.config
     if log is not None:
@@ -115,11 +115,6 @@ def synthesize(
         raise UserError("a term that contrasts images with those of earlier batches (--cr) runs on one rank only")
     inverter = Inverter(pool.model, config, device, student, pool.before, eager)
     batches = range(math.ceil(count / config.batch_size))
-    if ranks() > len(batches):
-        raise UserError(
-            f"{ranks()} ranks for {len(batches)} batches of {config.batch_size} images; "
-            "start fewer, or ask for smaller batches or more images"
-        )
     with open(pool.path / "pool.json") as held:
         if rank() == 0 and not all(map(pool.has, batches)):
             writable_folder(pool.path, "--datapool")

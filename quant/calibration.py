@@ -102,6 +102,16 @@ def observed_bytes(vit: SparseViT, tokens: int, config: QuantConfig) -> int:
 
 
 @torch.no_grad()
+def require_batches(count: int, config: QuantConfig) -> None:
+    """Raise `UserError` where `count` images are fewer batches than there are ranks."""
+    batches = -(-count // config.batch_size)
+    if ranks() > batches:
+        raise UserError(
+            f"{ranks()} ranks for {batches} batches of {config.batch_size} images; start fewer, lower "
+            "--calib-batchsize or raise --num_images"
+        )
+
+
 def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
     """The full-precision model, reparameterized if the observer does so and `wrapped`, and its quantized copy.
 
@@ -109,11 +119,7 @@ def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tup
     """
     if not len(images):
         raise UserError("there are no calibration images")
-    if ranks() > len(images.batches(config.batch_size)):
-        raise UserError(
-            f"{ranks()} ranks for {len(images.batches(config.batch_size))} calibration batches; "
-            "start fewer or lower --calib-batchsize"
-        )
+    require_batches(len(images), config)
     reference, fixed = vit, {}
     if OBSERVERS[config.method].reparameterize:
         reference, fixed = _reparameterized(vit, images, config)

@@ -296,7 +296,7 @@ def no_memory(*_):
 )
 def test_too_large_a_batch_is_one_line_with_what_would_fit(model, monkeypatch, capsys, free, answer):
     """Made up: a batch holds 20 bytes, and 100 an image; a tenth of what is free is left alone."""
-    monkeypatch.setattr("utils.device.free_memory", lambda device: free)
+    monkeypatch.setattr("utils.device.free_memory_bytes", lambda device: free)
     sizes = []
 
     def step(self, canvas, *_):
@@ -324,16 +324,17 @@ def test_memory_that_not_even_the_trial_finds():
 
 
 def test_other_places_that_run_out_of_memory(model, monkeypatch, capsys):
-    monkeypatch.setattr("utils.device.free_memory", lambda device: 1000)
     monkeypatch.setattr("utils.device.memory_taken", lambda run, device: 400)
     images = calibration_images(model, Noise(), 8)
     distiller = Distiller(model, tiny_model(depth=1), DistillConfig(batch_size=8), CPU)
+    monkeypatch.setattr("utils.device.free_memory_bytes", lambda device: 1000)
     monkeypatch.setattr(distiller.student, "forward", no_memory)
     with pytest.raises(UserError, match=r"8 images a batch.*about 7 would fit \(--kr-batchsize\)"):
         distiller.run(images, 1)
     with pytest.raises(SystemExit):
         run_main(no_memory)
-    assert capsys.readouterr().err == "error: there is not enough GPU memory left; lower the batch sizes\n"
+    told = "error: there is no memory left (for 2.00 GiB); ask for smaller batches, fewer images or a smaller model\n"
+    assert capsys.readouterr().err == told
 
 
 def test_eager_goes_through_and_pools_are_found_again(model, tmp_path, monkeypatch):

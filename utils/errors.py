@@ -144,7 +144,7 @@ def _refused(error: Exception) -> UserError | None:
 
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        wanted = re.search(r"allocate (\d[\w.]* ?\w*)", text)
+        wanted = re.search(r"allocate (\d[\d.]* ?\w*)", text)
         tried = f" (for {wanted[1]})" if wanted else ""
         return UserError(f"there is no memory left{tried}; ask for smaller batches, fewer images or a smaller model")
     return None

@@ -104,7 +104,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     chosen, image_size = limited(test_set, task.data.val_limit), model.preprocessing.input_size
     data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
 
-    _require_memory(task, model, config, data, device)
+    _require_room(task, model, config, data, device)
 
     images, synthesis, curve = _calibration(task, model, device, output)
     vit = model.sparse(device)
@@ -157,12 +157,13 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
     return report
 
 
-def _require_memory(
+def _require_room(
     task: QuantTask, model: LoadedModel, config: QuantConfig, data: DataLoader, device: torch.device
 ) -> None:
-    """Raise `UserError` where something that comes later in the run finds no room."""
+    """Raise `UserError` where something that comes later in the run finds no room, or a rank no batch."""
     vit, stored = SparseViT(model.vit), isinstance(task.images, Stored)
     patches = task.images.config.kept(model.grid.count) if isinstance(task.images, Inverted) else model.grid.count
+    calibration.require_batches(task.num_images, config)
     if not stored:  # of a pool nobody has said yet how many patches its images have
         calibration.require_memory_for(vit, config, task.num_images, patches, device)
     if task.check_images:
