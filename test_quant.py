@@ -57,7 +57,8 @@ def print_check(found: dict) -> None:
     """How far the quantized model is from its original, and what is to blame if that is far."""
     print(
         f"without labels, on {found['images']} other inverted images: agreement {found['agreement']:.2f}%, divergence "
-        f"{found['divergence']:.4f} nats, which foretell a loss of about {found['predicted_drop']:.1f} points of top-1"
+        f"{found['divergence']:.4f} nats, lost confidence {100 * found['lost_confidence']:.1f}%; models like that lost "
+        f"about {found['predicted_drop']:.1f} points of top-1"
     )
     if "costliest" in found:
         print(f"warning: {', '.join(found['costliest'])} cost most; try {', '.join(found['try'])}")

@@ -193,6 +193,7 @@ def check(found: Mapping | None) -> Facts | None:
     values = {
         "agreement": f"{found['agreement']:.2f}%",
         "divergence": f"{found['divergence']:.4f} nats",
+        "lost confidence": f"{100 * found['lost_confidence']:.1f}%",
         "foretold loss of top-1": f"about {found['predicted_drop']:.1f} points",
         "cost most": ", ".join(found.get("costliest", [])),
         "try": ", ".join(found.get("try", [])),
