@@ -212,10 +212,10 @@ def cuda(monkeypatch) -> Iterator[HostAndDevice]:
     monkeypatch.setattr(torch.cuda, "Event", Arrived)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr("utils.device.free_memory_bytes", lambda device: 2**40)
-    real = torch.zeros(1)
+    host = torch.zeros(1)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            real.to(CUDA)
+            host.to(CUDA)
     except RuntimeError as error:
         pytest.skip(f"this version of torch has no fake tensors on CUDA without a driver: {error}")
     with FakeTensorMode(allow_non_fake_inputs=True), device:
