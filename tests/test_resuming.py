@@ -158,7 +158,7 @@ def test_a_kill_between_the_files_of_a_quantized_model_leaves_no_other(tmp_path,
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(os, "replace", stop_at("model.safetensors"))
             save_quantized(folder, quantized, model, config, [])
-        with pytest.raises(UserError, match="cannot load"):
+        with pytest.raises(UserError, match="cannot read"):
             load_quantized(folder)
         require_own_folder(folder)
         load_quantized(save_quantized(folder, quantized, model, config, []))
