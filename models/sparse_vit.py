@@ -39,6 +39,10 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
     if any(s % p for s, p in zip(size, patch, strict=True)):
         refuse(f"its image size {tuple(size)} is not a multiple of its patch size {tuple(patch)}")
+    if vit.pos_embed is None and vit.num_prefix_tokens:
+        tokens = vit.patch_embed.proj.weight.new_zeros(1, *vit.patch_embed.grid_size, vit.embed_dim)
+        if vit._pos_embed(tokens).shape[1] != vit.patch_embed.num_patches + vit.num_prefix_tokens:
+            refuse("without position embeddings this version of timm leaves the class token out; install a newer one")
     for block in vit.blocks:
         if type(block) is not Block:
             refuse(f"its blocks are {type(block).__name__}, only timm's plain Block is known")

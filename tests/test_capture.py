@@ -20,7 +20,7 @@ from quant import QuantConfig, quantize
 from quant.integers import IntegerLinear, with_integer_products
 from tests.conftest import tiny_model
 from utils import Noise, calibration_images
-from utils.device import fitting_batch
+from utils.device import fitting_batch, multiplies_bytes
 from utils.errors import UserError, UserNote, run_main
 from utils.flags import quant_parser, quant_task, transfer_parser, transfer_task
 from utils.images import Inverted, Synthesis
@@ -276,7 +276,7 @@ def test_right_fast_paths_are_told_apart_from_rounding(options, dtype):
 
 
 def test_wrong_integer_products_are_found(model, monkeypatch):
-    if not torch.cpu.get_capabilities().get("avx512_vnni"):
+    if not multiplies_bytes():
         pytest.skip("this CPU is not fast at integer products")
     quantized = quantize(model.sparse(), calibration_images(model, Noise(), 8), QuantConfig(8, 8))
     images = torch.randn(8, 3, 32, 32)

@@ -22,6 +22,7 @@ ARCHITECTURES = [
     ("vit_base_patch16_clip_224", {"img_size": 48, "depth": 3}),
     ("vit_giant_patch14_dinov2", {"img_size": 28, "depth": 2}),
 ]
+TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
 OPTIONS = [
     {"qk_norm": True},
     {"global_pool": "avg"},
@@ -51,8 +52,16 @@ def test_all_patches_give_the_logits_of_timm(name, args):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_accepted_option_is_honoured(options):
-    assert_same_logits(tiny_vit(**options))
+def test_every_accepted_option_is_honoured_or_refused_where_timm_does_not_honour_it(options):
+    """Versions of timm before 1.0.26 have no prr and forget the class token of models without position embeddings."""
+    if TIMM < (1, 0, 26) and options == {"global_pool": "prr"}:
+        pytest.skip("this version of timm has no such pooling")
+    vit = tiny_vit(**options)
+    if TIMM < (1, 0, 26) and options == {"pos_embed": "none"}:
+        with pytest.raises(UserError, match="class token"):
+            SparseViT(vit)
+    else:
+        assert_same_logits(vit)
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}], ids=str)
@@ -112,6 +121,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "args", "why"), REFUSED, ids=[why for _, _, why in REFUSED])
 def test_what_cannot_be_honoured_is_refused_with_the_reason(name, args, why):
+    if TIMM < (1, 0, 26) and "attn_layer" in args:
+        pytest.skip("this version of timm has one attention")
     with torch.device("meta"):
         vit = timm.create_model(name, **args)
     with pytest.raises(UserError, match=why):

@@ -16,7 +16,7 @@ from torch import nn
 
 from models import load_model
 from scripts import train_teacher
-from tests.conftest import ROOT, run_script, tiny_vit
+from tests.conftest import ROOT, TINY_ARGS, run_script, tiny_vit
 from utils.errors import UserError
 
 COLOURS = {"blue": (20, 40, 200), "green": (30, 190, 40), "red": (210, 30, 20)}
@@ -39,7 +39,7 @@ def folder(tmp_path):
 @pytest.fixture
 def teacher(tmp_path):
     """A small model with 5 classes in timm's local-dir format, and its name."""
-    save_for_hf(tiny_vit(), tmp_path / "teacher", safe_serialization=True)
+    save_for_hf(tiny_vit(), tmp_path / "teacher", model_args=TINY_ARGS, safe_serialization=True)
     return f"local-dir:{tmp_path / 'teacher'}"
 
 
