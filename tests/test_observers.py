@@ -212,7 +212,7 @@ def test_auto_chooses_by_width():
         (("last",), {f"blocks.1.{name}" for name in ("qkv", "proj", "mlp.fc1", "mlp.fc2")}),
         (("first", "fc2"), {"patch_proj", "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}),
     ],
-    ids=str,
+    ids=lambda names: " ".join(sorted(names)),
 )
 def test_kept_layers_have_eight_bits(vit, images, keep, wide):
     _, quantized = calibrated(vit, images, QuantConfig(3, 4, "repq", keep=keep))
