@@ -131,7 +131,7 @@ def test_bias_correction_restores_the_mean_of_every_layer(vit, images):
         return {name: (b.mean(dim=0) - a.mean(dim=0)).abs().max().item() for name, (a, b) in means.items()}
 
     before, after = deviations(plain), deviations(corrected)
-    assert max(before.values()) > 0.02  # which differs with timm's random weights
+    assert max(before.values()) > 0.04  # 40 times what may be left
     assert max(after.values()) < 1e-3
 
 
