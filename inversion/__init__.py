@@ -1,7 +1,7 @@
 """Sparse model inversion: images out of a trained Vision Transformer (Hu et al., ICML 2024).
 
 `invert` makes them, an `InversionConfig` says how, an `ImagePool` holds them. What can be added from outside is a row
-of `PRIORS`, `STRATEGIES`, `IMPORTANCES`, `INITS` or `PROJECTIONS`.
+of `PRIORS`, `VIEWS`, `CANVASES`, `STRATEGIES`, `IMPORTANCES`, `INITS` or `PROJECTIONS`.
 """
 
 from utils.lazy import exports
@@ -9,6 +9,7 @@ from utils.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "inversion.canvases": ("CANVASES",),
         "inversion.config": ("DEFAULT_WEIGHTS", "InversionConfig"),
         "inversion.engine": ("InvertedBatch", "Inverter", "Progress", "Snapshot", "StageStart"),
         "inversion.importance": ("IMPORTANCES",),
@@ -19,5 +20,6 @@ __getattr__, __dir__, __all__ = exports(
         "inversion.projections": ("PROJECTIONS",),
         "inversion.strategies": ("STRATEGIES",),
         "inversion.synthesis": ("SynthesisReport", "invert", "synthesis_report", "synthesize"),
+        "inversion.views": ("VIEWS",),
     },
 )

@@ -30,9 +30,11 @@ class Jitter(NamedTuple):
     flip: bool | Tensor
 
 
-def draw_jitters(count: int, grid: PatchGrid, generator: torch.Generator, flip: bool = True) -> list[Jitter]:
-    """`count` draws: rolls uniform in [-H/8, H/8] and [-W/8, W/8] pixels, flips (if `flip`) with probability 1/2."""
-    height, width = (size // 8 for size in grid.image_size)
+def draw_jitters(
+    count: int, grid: PatchGrid, generator: torch.Generator, flip: bool = True, share: float = 1 / 8
+) -> list[Jitter]:
+    """`count` draws: rolls uniform in up to `share` of height and width, flips (if `flip`) with probability 1/2."""
+    height, width = (int(size * share) for size in grid.image_size)
     rows = torch.randint(-height, height + 1, (count,), generator=generator).tolist()
     cols = torch.randint(-width, width + 1, (count,), generator=generator).tolist()
     flips = torch.randint(0, 2, (count,), generator=generator).tolist()
@@ -45,11 +47,21 @@ def split_roll(roll: int | Tensor, patch: int) -> tuple[int, int] | tuple[Tensor
     return whole, roll - whole * patch
 
 
-def jittered_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Tensor:
-    """Where the patches at `positions` (B, n) are after the jitter: the grid wraps around, a flip mirrors columns."""
+def rolled_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Tensor:
+    """Where the patches at `positions` (B, n) are after the roll: the grid wraps around."""
     rows = (positions // grid.cols + split_roll(jitter.dy, grid.height)[0]) % grid.rows
     cols = (positions % grid.cols + split_roll(jitter.dx, grid.width)[0]) % grid.cols
-    return rows * grid.cols + cols + jitter.flip * (grid.cols - 1 - 2 * cols)
+    return rows * grid.cols + cols
+
+
+def mirrored_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Tensor:
+    """Where the patches at `positions` (B, n) are after the flip, which mirrors columns."""
+    return positions + jitter.flip * (grid.cols - 1 - 2 * (positions % grid.cols))
+
+
+def jittered_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Tensor:
+    """Where the patches at `positions` (B, n) are after roll and flip."""
+    return mirrored_positions(rolled_positions(positions, grid, jitter), grid, jitter)
 
 
 @dataclass(frozen=True)
@@ -83,30 +95,80 @@ class Neighbours:
 
 
 class PatchCanvas:
-    """Kept patches of a batch: `pixels` (B, n, C, height, width), a float32 leaf, at `positions` (B, n).
+    """Kept patches of a batch, as terms of the loss see them: `pixels` (B, n, C, height, width) at `positions` (B, n).
 
-    `plain`: what is computed of them leaves its gradient to autograd.
+    Pixels that carry no gradient become a leaf of their own. As a canvas it is the one whose pixels are themselves what
+    is optimized, and are clamped to `limits`.
+
+    Args:
+        grid: what positions count in.
+        pixels: float32, normalized.
+        positions: int64.
+        plain: what is computed of them leaves its gradient to autograd.
+        neighbours: of the positions, where they are known already.
+        limits: black and white, (C, 1, 1) each.
+        waiting: pixels (B, N, C, height, width) of patches that have not begun yet, at all positions of the grid.
     """
 
-    def __init__(self, grid: PatchGrid, pixels: Tensor, positions: Tensor, plain: bool = False) -> None:
+    def __init__(
+        self,
+        grid: PatchGrid,
+        pixels: Tensor,
+        positions: Tensor,
+        plain: bool = False,
+        neighbours: Neighbours | None = None,
+        limits: tuple[Tensor, Tensor] | None = None,
+        waiting: Tensor | None = None,
+    ) -> None:
         self.grid, self.plain = grid, plain
-        self.pixels = pixels.detach().requires_grad_(True)
+        self.pixels = pixels if pixels.requires_grad else pixels.detach().requires_grad_(True)
         self.positions = positions
-        self.neighbours = Neighbours.of(positions, grid)
+        self.neighbours = Neighbours.of(positions, grid) if neighbours is None else neighbours
+        self.limits, self.waiting = limits, waiting
 
     @classmethod
-    def noise(
-        cls,
-        grid: PatchGrid,
-        batch: int,
-        generator: torch.Generator,
-        device: torch.device,
-        init: str = "white",
-        plain: bool = False,
+    def start(
+        cls, grid: PatchGrid, noise: Tensor, limits: tuple[Tensor, Tensor], plain: bool, first: Tensor | None
     ) -> PatchCanvas:
-        """Whole images of noise, a key of `INITS`; drawn on the CPU so that a seed means the same on every device."""
-        images = INITS[init]((batch, grid.channels, *grid.image_size), generator)
-        return cls(grid, grid.patchify(images).to(device), grid.all_positions(batch, device).contiguous(), plain)
+        """Of whole images (B, C, H, W) of noise, from the patches at `first` (k,) on, or from all (None)."""
+        patches, everywhere = grid.patchify(noise), grid.all_positions(len(noise), noise.device).contiguous()
+        if first is None:
+            return cls(grid, patches, everywhere, plain, limits=limits)
+        positions = first.expand(len(noise), -1).contiguous()
+        return cls(grid, patches[:, first], positions, plain, limits=limits, waiting=patches)
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer changes."""
+        return self.pixels
+
+    def patches(self) -> PatchCanvas:
+        """The kept patches as they are now."""
+        return self
+
+    def with_patches(self, kept: Tensor) -> PatchCanvas:
+        """The canvas of the patches at `kept` (B, k) of each image alone."""
+        return PatchCanvas(self.grid, *self.take(kept), self.plain, limits=self.limits, waiting=self.waiting)
+
+    def moments_of(self, kept: Tensor, moments: Tensor) -> Tensor:
+        """What is left of a tensor of the parameter's shape after `with_patches`."""
+        return moments[torch.arange(len(kept), device=kept.device)[:, None], kept].contiguous()
+
+    def with_more(self, positions: Tensor) -> PatchCanvas:
+        """The canvas with the patches at `positions` (k,) as well, which begin as the noise that they were."""
+        more = positions.expand(len(self.positions), -1)
+        order = torch.cat([self.positions, more], dim=1).argsort(dim=1)
+        pixels = torch.cat([self.pixels.detach(), self.waiting[:, positions]], dim=1)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        places = torch.cat([self.positions, more], dim=1)[rows, order]
+        return PatchCanvas(self.grid, pixels[rows, order], places, self.plain, limits=self.limits, waiting=self.waiting)
+
+    def settle(self) -> None:
+        """After a step: pixels stay between black and white, channel by channel."""
+        torch.clamp(self.pixels, *self.limits, out=self.pixels)
+
+    def overwrite(self, patches: PatchCanvas) -> None:
+        """Take what was done to the pixels of `patches()` from outside: it was done to these."""
 
     def windows(self, jitter: Jitter, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the kept patches read after the roll, before the flip: (B, n, C, height, width) in `dtype`.

@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inversion.canvas import Jitter
 from utils.errors import UserNote
 
 EAGER_STEPS = 3
@@ -72,16 +71,16 @@ class CapturedStep:
     it does, goes on as it is, after one note.
 
     Args:
-        step: one iteration; takes a jitter of tensors on the device, returns the loss, and waits for nothing. What
-            changes between iterations it must read from the jitter, or from tensors that it updates in place.
-        state: these tensors, the pixels first.
+        step: one iteration; takes a tensor of draws on the device, returns the loss, and waits for nothing. What changes
+            between iterations it must read from the draws, or from tensors that it updates in place.
+        state: these tensors, the optimized one first.
         dtype: what products are computed in; it says how far a replay may be from the step.
         recorder: records it.
     """
 
     def __init__(
         self,
-        step: Callable[[Jitter], Tensor],
+        step: Callable[[Tensor], Tensor],
         state: Callable[[], Sequence[Tensor]],
         dtype: torch.dtype,
         recorder: Recorder,
@@ -89,13 +88,14 @@ class CapturedStep:
         self.step, self.state, self.recorder = step, state, recorder
         # Of the loss, and of how far the pixels move; a step that reads anything stale is past 0.4.
         self.tolerance = 1e-2 if torch.finfo(dtype).eps < 1e-3 else 0.2
-        self.draw = torch.zeros(3, dtype=torch.int64, device=state()[0].device)
-        self.jitter = Jitter(*self.draw.unbind())
+        self.draw: Tensor | None = None
         self.replay: Callable[[], Tensor] | None = None
         self.eager_left = EAGER_STEPS
 
     def __call__(self, draw: Tensor) -> Tensor:
-        """One iteration with a drawn jitter (3,). The returned loss is overwritten by the next call."""
+        """One iteration with its draws. The returned loss is overwritten by the next call."""
+        if self.draw is None:
+            self.draw = torch.zeros_like(draw)
         if self.replay is None and self.eager_left == 0 and self.recorder.agrees is not False:
             self._record(draw)
         self.draw.copy_(draw)
@@ -105,7 +105,7 @@ class CapturedStep:
         return self.recorder.run(self._run)
 
     def _run(self) -> Tensor:
-        return self.step(self.jitter)
+        return self.step(self.draw)
 
     def _record(self, draw: Tensor) -> None:
         untested = self.recorder.agrees is None

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import math
 from argparse import BooleanOptionalAction
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
+from inversion.canvases import CANVASES
 from inversion.importance import IMPORTANCES
 from inversion.inits import INITS
 from inversion.priors import PRIORS, Term, options, terms
 from inversion.projections import parse_projection
-from inversion.schedule import check_schedule
+from inversion.schedule import GROWTHS, check_schedule
 from inversion.strategies import STRATEGIES, Strategy
 from inversion.targets import check_targets
+from inversion.views import VIEWS, canonical_views
 from utils.cli import Number, any_seed, check_numbers, natural, positive, rate, setting, weight
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    from models import PatchGrid
+
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
-LR_SCHEDULES = ("constant", "cosine")
+DEFAULT_VIEWS = ("roll", "flip")
+LR_SCHEDULES = ("constant", "cosine", "phases")
 TIMES = {"type": int, "nargs": "+", "metavar": "T"}
 DIVISION = Number(int, 2, 2**31 - 1, "32 bits")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _of_canvases(name: str) -> str:
+    """What the canvases have, in words."""
+    return ", ".join(f"{getattr(kind, name)} of {canvas}" for canvas, kind in CANVASES.items())
 
 
 @dataclass(frozen=True)
@@ -33,11 +46,18 @@ class InversionConfig:
     """
 
     iterations: int = setting(4000, "optimizer steps per image", type=positive)
-    lr: float = setting(0.25, "Adam's learning rate, in normalized pixels", "--lr_g", type=rate)
+    lr: float | None = setting(None, f"Adam's learning rate; default {_of_canvases('lr')}", "--lr_g", type=rate)
     betas: tuple[float, float] = setting((0.5, 0.99), "Adam's averaging", type=float, nargs=2, metavar="B")
-    lr_schedule: str = setting("constant", "of --lr_g; cosine falls to 0 at the end", choices=LR_SCHEDULES)
+    lr_schedule: str | None = setting(
+        None,
+        f"cosine falls to 0 at the end, phases in each phase of grow; default {_of_canvases('lr_schedule')}",
+        choices=LR_SCHEDULES,
+    )
     warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=natural, metavar="N")
-    init: str = setting("white", "noise that pixels start from; pink has images' spectrum", choices=INITS)
+    canvas: str = setting("pixels", "what is optimized: pixels, or coefficients scaled by 1/f", choices=CANVASES)
+    init: str | None = setting(
+        None, f"noise to start from; pink has images' spectrum; default {_of_canvases('init')}", choices=INITS
+    )
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Of the terms of the loss, by name."""
     options: Mapping[str, object] = field(default_factory=dict)
@@ -56,7 +76,14 @@ class InversionConfig:
     projections: tuple[str, ...] = setting(
         ("clamp",), "after a step: clamp (always), lowpass:cutoff=0.8,every=100", "--projection", nargs="+", metavar="P"
     )
-    flip: bool = setting(True, "mirror the image in half of the iterations; default yes", action=BooleanOptionalAction)
+    views: tuple[str, ...] = setting(
+        DEFAULT_VIEWS,
+        f"changes at every step, by chance: {', '.join(VIEWS)}; with settings crop:area=0.35; default roll flip",
+        nargs="+",
+        metavar="V",
+    )
+    flip: bool = setting(True, "--no-flip leaves flip out of --views; default yes", action=BooleanOptionalAction)
+    copies: int = setting(1, "looks at each image that a step takes the mean over", type=positive, metavar="N")
     snapshots: tuple[int, ...] = setting((), "iterations at which a batch is kept, for pictures; default none", **TIMES)
     student: str | None = None
     """What the student of the adversarial term is and how it learns; ignored without that term."""
@@ -72,8 +99,15 @@ class InversionConfig:
         _require(self.dtype, DTYPES, "--dtype")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {' '.join(map(str, self.betas))} are not two numbers in [0, 1)")
+        _require(self.canvas, CANVASES, "--canvas")
+        for name in ("lr", "lr_schedule", "init"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(CANVASES[self.canvas], name))
         _require(self.lr_schedule, LR_SCHEDULES, "--lr_schedule")
         _require(self.init, INITS, "--init")
+        views = canonical_views(self.views)
+        object.__setattr__(self, "views", tuple(view for view in views if self.flip or view != "flip"))
+        object.__setattr__(self, "flip", "flip" in self.views)
         if self.warmup >= self.iterations:
             raise UserError(f"--warmup {self.warmup} is not in [0, {self.iterations}), the iterations")
         self._check_weights()
@@ -110,6 +144,8 @@ class InversionConfig:
         if self.strategy is None:
             object.__setattr__(self, "strategy", "smi" if scheduled else "dense")
         _require(self.strategy, STRATEGIES, "--strategy")
+        if self.lr_schedule == "phases" and self.strategy != "grow":
+            raise UserError("--lr_schedule phases is for --strategy grow, which has them")
         if self.strategy in ("dense", "pri"):
             if scheduled:
                 raise UserError(f"--strategy {self.strategy} has no schedule; leave out --prune_it and --prune_ratio")
@@ -140,6 +176,10 @@ class InversionConfig:
         if self.lr_schedule == "constant":
             return self.lr
         done = (iteration - self.warmup) / (self.iterations - self.warmup)
+        if self.lr_schedule == "phases":
+            starts = [phase * self.iterations // GROWTHS for phase in range(GROWTHS + 1)]
+            phase = bisect_right(starts, iteration) - 1
+            done = (iteration - starts[phase]) / (starts[phase + 1] - starts[phase])
         return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def settings(self) -> dict:
@@ -151,8 +191,13 @@ class InversionConfig:
         same = {**asdict(self), **lists, **schedule, "lr": float(self.lr), "weights": weights, "options": options}
         if self.strategy != "pri":
             del same["pri_division"]
-        if self.init == "white":  # as in pools from before there was a choice
-            del same["init"]
+        # As in pools from before there was a choice.
+        usual = {"init": "white", "canvas": "pixels", "copies": 1}
+        for name in [name for name, value in usual.items() if same[name] == value]:
+            del same[name]
+        same["views"] = list(self.views)
+        if set(self.views) - {"flip"} == {"roll"}:
+            del same["views"]
         return same
 
     @classmethod
@@ -165,11 +210,16 @@ class InversionConfig:
         except Exception as error:  # values of JSON can be of any type
             raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
 
-    def kept(self, patches: int) -> int:
-        """Patches of a finished image, of so many that it starts with. Raises `UserError` where none is left."""
+    def kept(self, grid: PatchGrid) -> int:
+        """Patches of a finished image of that grid. Raises `UserError` where none is left."""
         strategy = self.strategy_object()
-        stages = strategy.stages(self.iterations, patches)
+        stages = strategy.stages(self.iterations, grid)
         return stages[0].patches - stages[1].patches if strategy.detaches else stages[-1].patches
+
+    @property
+    def shows_stopped(self) -> bool:
+        """Whether pictures show stopped patches as they were when they stopped; if not, black."""
+        return CANVASES[self.canvas].shows_stopped and not self.strategy_object().detaches
 
     def strategy_object(self) -> Strategy:
         """The strategy that the configuration asks for."""

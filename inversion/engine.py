@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import deque
@@ -14,16 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inversion.canvas import Jitter, PatchCanvas, draw_jitters
+from inversion.canvas import PatchCanvas
+from inversion.canvases import CANVASES, Canvas
 from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import InversionConfig
 from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
 from inversion.priors import Context, LossInputs
-from inversion.projections import Clamp, Projection, parse_projection
+from inversion.inits import INITS
+from inversion.projections import Projection, parse_projection
 from inversion.schedule import Stage
 from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
+from inversion.views import Draw, Seen, Views
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
 from models.sparse_vit import SparseBlock
 from utils.device import keep_freed_memory, require_memory, within_memory
@@ -60,11 +64,15 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class InvertedBatch:
-    """A finished batch, on the CPU, its loss at every iteration (iterations,), and the snapshots asked for."""
+    """A finished batch, on the CPU, its loss at every iteration (iterations,), and the snapshots asked for.
+
+    `stopped`: the other patches as they were when they stopped, where pictures show them.
+    """
 
     images: SparseImages
     losses: Tensor
     snapshots: tuple[Snapshot, ...] = ()
+    stopped: SparseImages | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,10 @@ class Inverter:
         self.model, self.config, self.device, self.student = model, config, device, student
         self.dtype = getattr(torch, config.dtype)
         self.recorder = cuda_graphs(device) if device.type == "cuda" and not eager else None
-        self._prepare(plain=eager or verdict(model, device, self.dtype) is False)
+        self._prepare(plain=eager or verdict(model, device, self.dtype, config.views) is False)
         draw_labels(config.targets, 1, self.vit.num_classes, torch.Generator())  # refuses what is no class
         self.strategy = config.strategy_object()
-        self.stages = self.strategy.stages(config.iterations, self.vit.grid.count)
+        self.stages = self.strategy.stages(config.iterations, self.vit.grid)
         if len(self.stages) > 1 and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
             raise UserError(
                 f"{model.name} has no class token, so --importance {config.importance} cannot rank its patches; "
@@ -117,14 +125,15 @@ class Inverter:
             )
         self.earlier = earlier if config.needs("earlier") else None
         black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
-        self.clamp = Clamp(black.to(device), white.to(device))
+        self.limits = black.to(device), white.to(device)
         self.projections = [p for p in map(parse_projection, config.projections) if p is not None]
 
     def _prepare(self, plain: bool) -> None:
         """The model and the terms of the loss, which may run models as well: fast, or by plain code."""
         self.plain, config = plain, self.config
         self.vit = self._frozen(self.model)
-        how = self.device, self.dtype, config.flip, config.options, self.student, self._frozen
+        self.views = Views(config.views, self.vit.grid, self.device, plain)
+        how = self.device, self.dtype, config.options, self.student, self._frozen
         context = Context(self.model, self.vit, *how)
         self.losses = [(weight, term.make(context)) for weight, term in config.active_terms()]
         self.reads_attended = any(loss.reads_attended for _, loss in self.losses)
@@ -184,22 +193,29 @@ class Inverter:
         config, generator = self.config, batch_generator(self.config.seed, batch_index)
         labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
         canvas = self._noise(self.trajectories, generator)
-        drawn = draw_jitters(config.iterations, self.vit.grid, generator, config.flip)
+        drawn = self.views.draws(config.iterations * config.copies, self.trajectories, generator)
         draws = self.on_device(drawn)
-        if not self.plain and verdict(self.model, self.device, self.dtype) is None:
-            canvas = self._checked(canvas, (Jitter(*draws[0]), drawn[0]))
+        if not self.plain and verdict(self.model, self.device, self.dtype, config.views) is None:
+            canvas = self._checked(canvas, self._looks(draws[0], self.trajectories)[0], drawn[0])
         self.begin(batch_index, generator)
-        losses, finished, snapshots = LossLog(config.iterations, self.device), [], []
+        losses, finished, snapshots, stopped = LossLog(config.iterations, self.device), [], [], []
         targets = distributions(labels, self.vit.num_classes, config.soft_label).to(self.device)
         optimizer = self.adam(canvas)
         for number, stage in enumerate(self.stages):
-            if stage.patches < canvas.positions.shape[1]:
-                going_on, stopped = self._split(canvas, targets, stage.patches, generator)
+            more = stage.begins if number else ()
+            if stage.patches - len(more) < canvas.positions.shape[1]:
+                going_on, gone = self._split(canvas, targets, stage.patches - len(more), generator)
                 if self.strategy.detaches:
-                    finished.append(canvas.take(stopped))
+                    finished.append(taken(canvas, gone))
+                elif config.shows_stopped:
+                    stopped.append(taken(canvas, gone))
                 canvas, optimizer = self._reduced(canvas, optimizer, going_on)
+            if more:
+                canvas = canvas.with_more(torch.tensor(more, device=self.device))
+                optimizer = self.adam(canvas)
             if on_stage is not None:
-                on_stage(StageStart(batch_index, number, stage, canvas, labels))
+                with self._changed_outside(canvas) as patches:
+                    on_stage(StageStart(batch_index, number, stage, patches, labels))
             step = self.stepper(canvas, optimizer, targets)
             for iteration in self._watched(stage, losses, on_progress):
                 if iteration in config.snapshots:
@@ -212,26 +228,34 @@ class Inverter:
         if self.strategy.detaches and finished:
             count = finished[0][1].shape[1]
             _, last = self._split(canvas, targets, canvas.positions.shape[1] - count, generator)
-            finished.append(canvas.take(last))
-        finished = finished or [(canvas.pixels.detach(), canvas.positions)]
+            finished.append(taken(canvas, last))
+        finished = finished or [taken(canvas)]
         if config.iterations in config.snapshots:
             snapshots.append(self._snapshot(config.iterations, canvas))
         # Images of one trajectory stand together, so that labels stay sorted.
         pixels, positions = (torch.stack(parts, dim=1).flatten(0, 1).cpu() for parts in zip(*finished, strict=True))
         images = SparseImages(pixels, positions, labels.repeat_interleave(len(finished)))
-        return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots))
+        rest = SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels) if stopped else None
+        return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots), rest)
 
-    def _noise(self, trajectories: int, generator: torch.Generator) -> PatchCanvas:
-        return PatchCanvas.noise(self.vit.grid, trajectories, generator, self.device, self.config.init, self.plain)
+    def _noise(self, trajectories: int, generator: torch.Generator) -> Canvas:
+        """A canvas of noise; drawn on the CPU so that a seed means the same on every device."""
+        grid, kind = self.vit.grid, CANVASES[self.config.canvas]
+        noise = INITS[self.config.init]((trajectories, grid.channels, *grid.image_size), generator)
+        first = torch.tensor(self.stages[0].begins, device=self.device) if self.stages[0].begins else None
+        return kind.start(grid, noise.to(self.device) * kind.spread, self.limits, self.plain, first)
 
-    def _checked(self, canvas: PatchCanvas, draws: tuple[Jitter, Jitter]) -> PatchCanvas:
+    def _checked(self, canvas: Canvas, draw: Draw, drawn: Draw) -> Canvas:
         """The canvas of the first batch; from here on plain code runs if what is fast computes something else."""
-        if fast_paths_agree(self.model, self.vit, canvas, draws):
+        with torch.no_grad():
+            patches = canvas.patches()
+        if fast_paths_agree(self.model, self.vit, patches, self.config.views, (draw, drawn)):
             return canvas
         text = "packed layers or gradients written out do not compute what plain code does here, so plain code runs"
         warnings.warn(UserNote(f"{text}: slower, and right (as with --eager)"), stacklevel=2)
         self._prepare(plain=True)
-        return PatchCanvas(canvas.grid, canvas.pixels, canvas.positions, plain=True)
+        canvas.plain = True
+        return canvas
 
     def _one_iteration(self, batch_index: int, trajectories: int) -> None:
         """The first iteration of a batch of another size, for what it takes."""
@@ -239,8 +263,8 @@ class Inverter:
         canvas = self._noise(trajectories, generator)
         self.begin(batch_index, generator)
         targets = distributions(torch.zeros(trajectories, dtype=torch.long), self.vit.num_classes, 0.0)
-        jitter = Jitter(*self.on_device([Jitter(0, 0, False)])[0])
-        self._step(canvas, self.adam(canvas), targets.to(self.device), jitter)
+        draws = self.views.draws(self.config.copies, trajectories, generator)
+        self._step(canvas, self.adam(canvas), targets.to(self.device), self.on_device(draws)[0])
 
     def begin(self, batch_index: int, generator: torch.Generator) -> None:
         """Tell every term that a batch begins; what they draw comes after labels, noise and jitter."""
@@ -259,70 +283,101 @@ class Inverter:
         ranked = sum(self.vit.forward_flops(stage.patches) for stage in self.stages[:-1])
         return steps + self.trajectories * ranked
 
-    def on_device(self, draws: list[Jitter]) -> Sequence[Jitter | Tensor]:
-        """Jitters as a `stepper` takes them: for a recording rows of one tensor, which no iteration has to copy."""
-        return draws if self.recorder is None else torch.tensor(draws, device=self.device)
+    def on_device(self, draws: list[Draw]) -> list[tuple[Draw, ...]] | Tensor:
+        """Draws as a `stepper` takes them, those of a step together; for a recording rows of one tensor."""
+        copies = self.config.copies
+        if self.recorder is None:
+            placed = [Draw(draw.jitter, draw.numbers.to(self.device)) for draw in draws]
+            return [tuple(placed[first : first + copies]) for first in range(0, len(placed), copies)]
+        packed = torch.stack([draw.packed() for draw in draws])
+        return packed.unflatten(0, (-1, copies)).to(self.device)
 
-    def stepper(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor) -> Callable[..., Tensor]:
-        """One iteration at a stage: takes a jitter of `on_device`, returns the loss, not yet waited for."""
+    def stepper(self, canvas: Canvas, optimizer: torch.optim.Adam, targets: Tensor) -> Callable[..., Tensor]:
+        """One iteration at a stage: takes draws of `on_device`, returns the loss, not yet waited for."""
         step = partial(self._step, canvas, optimizer, targets)
         if self.recorder is None:
             return step
         return CapturedStep(step, lambda: changing(canvas, optimizer), self.dtype, self.recorder)
 
-    def _step(self, canvas: PatchCanvas, optimizer: torch.optim.Adam, targets: Tensor, jitter: Jitter) -> Tensor:
+    def _step(
+        self, canvas: Canvas, optimizer: torch.optim.Adam, targets: Tensor, draws: Tensor | tuple[Draw, ...]
+    ) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
-        patches, positions = canvas.windows(jitter, self.dtype), canvas.jittered_positions(jitter)
-        output = self.vit(patches, positions, mirrored=jitter.flip, return_attended=self.reads_attended)
-        inputs = LossInputs(output, targets, canvas, jitter, patches, positions)
-        loss = sum(weight * term(inputs) for weight, term in self.losses)
+        patches, looks = canvas.patches(), self._looks(draws, len(canvas.positions))
+        loss = sum(self._loss(patches, targets, draw) for draw in looks) / len(looks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            self.clamp(canvas)
+            canvas.settle()
         return loss.detach()
 
+    @staticmethod
+    def _looks(draws: Tensor | tuple[Draw, ...], batch: int) -> Sequence[Draw]:
+        """The draws of a step at a batch of so many images."""
+        return [Draw.unpacked(row, batch) for row in draws] if isinstance(draws, Tensor) else draws
+
+    def _loss(self, canvas: PatchCanvas, targets: Tensor, draw: Draw) -> Tensor:
+        """The loss of one look at the batch."""
+        seen = self.views.look(canvas, draw, self.dtype)
+        output = self.vit(*seen, return_attended=self.reads_attended)
+
+        def opposite() -> Seen:
+            return self.views.look(canvas, self.views.opposite(draw), self.dtype)
+
+        inputs = LossInputs(output, targets, canvas, seen, opposite)
+        return sum(weight * term(inputs) for weight, term in self.losses)
+
+    @contextlib.contextmanager
+    def _changed_outside(self, canvas: Canvas) -> Iterator[PatchCanvas]:
+        """The patches of a canvas, whose pixels may be changed in place."""
+        with torch.no_grad():
+            patches = canvas.patches()
+        before = patches.pixels._version
+        yield patches
+        if patches.pixels._version != before:
+            canvas.overwrite(patches)
+
     @torch.no_grad()
-    def _project(self, projection: Projection, canvas: PatchCanvas) -> None:
-        projection(canvas)
-        self.clamp(canvas)
+    def _project(self, projection: Projection, canvas: Canvas) -> None:
+        with self._changed_outside(canvas) as patches:
+            projection(patches)
+        canvas.settle()
 
     @torch.no_grad()
     def _split(
-        self, canvas: PatchCanvas, targets: Tensor, keep: int, generator: torch.Generator
+        self, canvas: Canvas, targets: Tensor, keep: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Which patches of each image go on, (B, keep), and which stop, as indices among those that are left."""
-        importance = IMPORTANCES[self.config.importance](self.vit, canvas, targets)
+        importance = IMPORTANCES[self.config.importance](self.vit, canvas.patches(), targets)
         kept = self.strategy.keep(importance.float(), keep, generator)
         return kept, others(kept, canvas.positions.shape[1])
 
     @torch.no_grad()
-    def _reduced(
-        self, canvas: PatchCanvas, optimizer: torch.optim.Adam, kept: Tensor
-    ) -> tuple[PatchCanvas, torch.optim.Adam]:
-        """The patches that go on: pixels, positions and optimizer state."""
-        smaller = PatchCanvas(canvas.grid, *canvas.take(kept), canvas.plain)
-        rows = torch.arange(len(kept), device=kept.device)[:, None]
-        state = optimizer.state[canvas.pixels]
+    def _reduced(self, canvas: Canvas, optimizer: torch.optim.Adam, kept: Tensor) -> tuple[Canvas, torch.optim.Adam]:
+        """The canvas and optimizer of the patches that go on."""
+        smaller = canvas.with_patches(kept)
+        if smaller.parameter is canvas.parameter:
+            return smaller, optimizer
+        state = optimizer.state[canvas.parameter]
         reduced = self.adam(smaller)
         if state:
-            moments = {key: state[key][rows, kept].contiguous() for key in ("exp_avg", "exp_avg_sq")}
-            reduced.state[smaller.pixels] = {"step": state["step"].clone(), **moments}
+            moments = {key: canvas.moments_of(kept, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+            reduced.state[smaller.parameter] = {"step": state["step"].clone(), **moments}
         return smaller, reduced
 
     @torch.no_grad()
-    def _snapshot(self, iteration: int, canvas: PatchCanvas) -> Snapshot:
-        attention = None
+    def _snapshot(self, iteration: int, canvas: Canvas) -> Snapshot:
+        attention, canvas = None, canvas.patches()
         if self.vit.has_class_token:
             attention = self.vit.class_attention(canvas.pixels.to(self.dtype), canvas.positions).float().cpu()
         return Snapshot(iteration, canvas.pixels.detach().cpu().clone(), canvas.positions.cpu().clone(), attention)
 
-    def adam(self, canvas: PatchCanvas) -> torch.optim.Adam:
+    def adam(self, canvas: Canvas) -> torch.optim.Adam:
         """A fresh optimizer of the canvas."""
         on_gpu = self.device.type == "cuda"
         kind = {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
-        optimizer = torch.optim.Adam([canvas.pixels], lr=self.config.lr, betas=self.config.betas, **kind)
+        optimizer = torch.optim.Adam([canvas.parameter], lr=self.config.lr, betas=self.config.betas, **kind)
         if on_gpu:
             # What a CUDA graph shall read anew at every replay must be a tensor. Adam itself would wait for its value.
             optimizer.param_groups[0]["lr"] = torch.full((), self.config.lr, device=self.device)
@@ -339,9 +394,16 @@ class Inverter:
                     on_progress(Progress(done, loss, stage.patches))
 
 
-def changing(canvas: PatchCanvas, optimizer: torch.optim.Adam) -> list[Tensor]:
-    """Every tensor that changes from iteration to iteration, in place: the pixels first."""
-    return [canvas.pixels, *optimizer.state[canvas.pixels].values(), optimizer.param_groups[0]["lr"]]
+def changing(canvas: Canvas, optimizer: torch.optim.Adam) -> list[Tensor]:
+    """Every tensor that changes from iteration to iteration, in place: the parameter first."""
+    return [canvas.parameter, *optimizer.state[canvas.parameter].values(), optimizer.param_groups[0]["lr"]]
+
+
+@torch.no_grad()
+def taken(canvas: Canvas, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Copies of the pixels and positions of the patches at `index` (B, k) of each image, of all of them if None."""
+    patches = canvas.patches()
+    return (patches.pixels.detach(), patches.positions) if index is None else patches.take(index)
 
 
 def require_memory_for(
@@ -352,11 +414,12 @@ def require_memory_for(
     `flag` is what sets the number of its images.
     """
     strategy = config.strategy_object()
-    stages = strategy.stages(config.iterations, vit.grid.count)
+    stages = strategy.stages(config.iterations, vit.grid)
     images = len(stages) if strategy.detaches else 1
     each = trajectory_bytes(vit, config, device) // images
-    # An iteration leaves its jitter and its loss.
-    require_memory(config.iterations, 200, torch.device("cpu"), "an inversion so long", "--iterations")
+    # An iteration leaves its draws and its loss.
+    numbers = config.copies * len(Views(config.views, vit.grid, torch.device("cpu")).others)
+    require_memory(config.iterations, 200 + 24 * numbers * config.batch_size, torch.device("cpu"), "an inversion so long", "--iterations")
     require_memory(config.batch_size, each, device, "an inversion batch", flag)
 
 

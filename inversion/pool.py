@@ -2,7 +2,8 @@
 
     DATAPOOL/<model>-<strategy>-<configuration hash>/
         pool.json                      format version and everything that the pixels depend on
-        images/<class>/<number>.png    8-bit images, stopped patches black; a `torchvision.datasets.ImageFolder`
+        images/<class>/<number>.png    8-bit images, a `torchvision.datasets.ImageFolder`; stopped patches are black, on
+                                       a spectral canvas as they were when they stopped
         snapshots/<batch>.pt           where --snapshots asks for them: the batch in the middle of its inversion
         batches/<batch>.json           labels, kept positions, loss at every iteration; written last
 
@@ -118,7 +119,7 @@ class ImagePool:
 
         `just_before` is called between the two: for what has to be there of every batch that counts.
         """
-        images = inverted.images
+        images = inverted.images if inverted.stopped is None else inverted.images.with_more(inverted.stopped)
         pixels = self.model.preprocessing.denormalize(images.patches).clamp(0, 1)
         for index, (image, label) in enumerate(
             zip(self.grid.unpatchify(pixels, images.positions), images.labels.tolist(), strict=True)
@@ -133,7 +134,7 @@ class ImagePool:
             "batch": batch,
             "seed": self.config.seed,
             "labels": images.labels.tolist(),
-            "kept_positions": images.positions.tolist(),
+            "kept_positions": inverted.images.positions.tolist(),
             "losses": [float(f"{loss:.6g}") for loss in inverted.losses.tolist()],
         }
         self._batch_file(batch).parent.mkdir(exist_ok=True)
@@ -147,6 +148,13 @@ class ImagePool:
         Raises:
             UserError: an image or a record that is missing or damaged.
         """
+        return self._read(count, first, pictured=False)
+
+    def pictured(self, count: int, first: int = 0) -> SparseImages:
+        """As `read`, with the stopped patches where pictures show them: whole images then. Raises as `read`."""
+        return self._read(count, first, pictured=self.config.shows_stopped)
+
+    def _read(self, count: int, first: int, pictured: bool) -> SparseImages:
         patches, positions, labels = [], [], []
         skipped = first // self.config.batch_size * self.config.batch_size
         for record in self._records(count, first):
@@ -156,7 +164,10 @@ class ImagePool:
             ]
             images = torch.stack([pil_to_tensor(self._image(file)) for file in files])
             kept = torch.tensor(record["kept_positions"])
-            self._require_black(images, kept, files)
+            if not self.config.shows_stopped:
+                self._require_black(images, kept, files)
+            if pictured:
+                kept = self.grid.all_positions(len(kept))
             normalized = self.model.preprocessing.normalize(images / 255)
             patches.append(self.grid.patchify(normalized)[torch.arange(len(kept))[:, None], kept])
             positions.append(kept)
@@ -227,7 +238,7 @@ class ImagePool:
 
     def _fault(self, record: dict, batch: int) -> str | None:
         """What is wrong with a batch's record, None where nothing is."""
-        config, count, left = self.config, self.config.batch_size, self.config.kept(self.grid.count)
+        config, count, left = self.config, self.config.batch_size, self.config.kept(self.grid)
 
         def integers(values: object, length: int, below: int) -> bool:
             right = isinstance(values, list) and len(values) == length and all(is_number(v, int) for v in values)

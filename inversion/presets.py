@@ -32,6 +32,17 @@ PRESETS: dict[str, dict[str, object]] = {
     },
     # Fang et al., IJCAI 2021; pixels are optimized here, not a generator, and TV stands in for it.
     "cmi": {"prior": ["deepinversion", "cmi"], "strategy": "dense", "iterations": 200, "oh": 0.5, "cr": 0.8},
+    # Ghiasi et al., ICML 2022: views in place of image priors. The paper inverts one image at a time, out of 32 looks a
+    # step at 224 px, 400 steps a phase; its learning rate is taken as one of normalized pixels.
+    "plug_in": {
+        "prior": [],
+        "strategy": "grow",
+        "iterations": 2800,
+        "lr": 0.01,
+        "lr_schedule": "phases",
+        "views": ["roll:share=0.142858", "colour:scale=1,shift=1"],
+        "copies": 32,
+    },
 }
 
 
@@ -56,6 +67,8 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
             raise UserError("--prune_it needs --prune_ratio, the share of patches that stops at each of its iterations")
     else:
         dropped = ("prune_it", "prune_ratio") if given.get("strategy") in ("dense", "pri") else ()
+    if given.get("canvas", "pixels") != PRESETS.get(preset, {}).get("canvas", "pixels"):
+        dropped = *dropped, "lr", "lr_schedule", "init"  # a canvas has its own
     kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}
     chosen = {**kept, **given}
     known, extras = terms(), options()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from utils.calls import parse_call
 from utils.errors import UserError
 from utils.lazy import torch
 
@@ -22,18 +23,6 @@ class Projection(Protocol):
 
     def __call__(self, canvas: PatchCanvas) -> None:
         """Project the canvas."""
-
-
-@dataclass(frozen=True)
-class Clamp:
-    """Pixels stay between black and white, channel by channel. Every inversion ends a step with it."""
-
-    black: Tensor
-    white: Tensor
-    every: int = 1
-
-    def __call__(self, canvas: PatchCanvas) -> None:
-        torch.clamp(canvas.pixels, self.black, self.white, out=canvas.pixels)
 
 
 @dataclass(frozen=True)
@@ -73,13 +62,4 @@ def parse_projection(text: str) -> Projection | None:
     Raises:
         UserError: an unknown name or key, or a value that is no number.
     """
-    name, _, rest = text.partition(":")
-    if name == "clamp" and not rest:
-        return None
-    if name not in PROJECTIONS:
-        raise UserError(f"--projection {name} is unknown; there are clamp, {', '.join(PROJECTIONS)}")
-    try:
-        values = {key: float(value) for key, value in (part.split("=") for part in rest.split(",") if part)}
-        return PROJECTIONS[name](**values)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"--projection {text}: what follows the colon must be like cutoff=0.8,every=100") from None
+    return None if text == "clamp" else parse_call(text, {"clamp": lambda: None, **PROJECTIONS}, "--projection")[1]

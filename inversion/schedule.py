@@ -11,13 +11,21 @@ from fractions import Fraction
 from utils.errors import UserError
 
 
+GROWTHS = 7
+"""Phases in which an image grows from a quarter of its sides to all of them, by an eighth (Plug-In Inversion)."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """Iterations `start` .. `stop - 1`, run with `patches` patches per image."""
+    """Iterations `start` .. `stop - 1`, run with `patches` patches per image.
+
+    `begins`: positions of the patches that begin with it; in the first stage all that there are, `()` for the whole grid.
+    """
 
     start: int
     stop: int
     patches: int
+    begins: tuple[int, ...] = ()
 
     @property
     def iterations(self) -> int:
@@ -27,6 +35,14 @@ class Stage:
 def patches_kept(patches: int, ratio: float) -> int:
     """floor(n * (1 - r)), exact for the decimal that the user wrote: 10 patches at r = 0.9 leave 1."""
     return math.floor(patches * (1 - Fraction(str(ratio))))
+
+
+def left_of(patches: int, ratio: float, iteration: int) -> int:
+    """`patches_kept`. Raises `UserError` where none is."""
+    left = patches_kept(patches, ratio)
+    if left < 1:
+        raise UserError(f"--prune_ratio {ratio} at iteration {iteration} leaves none of {patches} patches")
+    return left
 
 
 def check_schedule(iterations: int, prune_it: Sequence[int], prune_ratio: Sequence[float]) -> None:
@@ -65,8 +81,5 @@ def stages_of(
     for stop, ratio in zip(prune_it, prune_ratio, strict=True):
         if stop > start:
             stages.append(Stage(start, stop, patches))
-        start, left = stop, patches_kept(patches, ratio)
-        if left < 1:
-            raise UserError(f"--prune_ratio {ratio} at iteration {stop} leaves none of {patches} patches")
-        patches = left
+        start, patches = stop, left_of(patches, ratio, stop)
     return (*stages, Stage(start, iterations, patches))

@@ -8,8 +8,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from inversion.canvas import Jitter, PatchCanvas
+from inversion.canvas import PatchCanvas
 from inversion.total_variation import total_variation
+from inversion.views import Draw, Views
 from models import LoadedModel, SparseViT
 
 IMAGES = 2
@@ -22,12 +23,14 @@ FLOOR = 1e-2
 _found: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
-def verdict(model: LoadedModel, device: torch.device, dtype: torch.dtype) -> bool | None:
+def verdict(model: LoadedModel, device: torch.device, dtype: torch.dtype, views: tuple[str, ...]) -> bool | None:
     """What `fast_paths_agree` has found for this model in this process, None before it was asked."""
-    return _found.get(model.vit, {}).get((device, dtype))
+    return _found.get(model.vit, {}).get((device, dtype, views))
 
 
-def fast_paths_agree(model: LoadedModel, fast: SparseViT, canvas: PatchCanvas, draws: tuple[Jitter, Jitter]) -> bool:
+def fast_paths_agree(
+    model: LoadedModel, fast: SparseViT, canvas: PatchCanvas, views: tuple[str, ...], draws: tuple[Draw, Draw]
+) -> bool:
     """Whether the forward pass, the gradient to the pixels and the total variation are those of plain code.
 
     Plain code runs in float32 and in the number format of `fast`; how far the two are apart is what precision allows.
@@ -36,30 +39,32 @@ def fast_paths_agree(model: LoadedModel, fast: SparseViT, canvas: PatchCanvas, d
         model: what `fast` was made from.
         fast: as the engine runs it.
         canvas: of the first batch; left alone.
-        draws: the first jitter, as the engine feeds it, and in numbers.
+        views: how the engine looks at it.
+        draws: the first of them, as the engine feeds it, and on the host.
     """
-    device, dtype = canvas.pixels.device, fast.patch_proj.weight.dtype
+    device, dtype, grid = canvas.pixels.device, fast.patch_proj.weight.dtype, canvas.grid
     few, positions = canvas.pixels.detach()[:IMAGES], canvas.positions[:IMAGES]
-    found = _outcome(fast, PatchCanvas(canvas.grid, few, positions), draws[0])
+    fed, drawn = (Draw(draw.jitter, draw.numbers[:IMAGES].to(device)) for draw in draws)
+    found = _outcome(fast, PatchCanvas(grid, few, positions), Views(views, grid, device), fed)
     exact, expected = (
         _outcome(
             copy.deepcopy(SparseViT(model.vit)).to(device, kind).requires_grad_(False).plainly(),
-            PatchCanvas(canvas.grid, few, positions, plain=True),
-            draws[1],
+            PatchCanvas(grid, few, positions, plain=True),
+            Views(views, grid, device, plain=True),
+            drawn,
         )
         for kind in (torch.float32, dtype)
     )
     agree = all(_near(*values) for values in zip(found, expected, exact, strict=True))
-    _found.setdefault(model.vit, {})[device, dtype] = agree
+    _found.setdefault(model.vit, {})[device, dtype, views] = agree
     return agree
 
 
-def _outcome(vit: SparseViT, canvas: PatchCanvas, jitter: Jitter) -> list[Tensor]:
+def _outcome(vit: SparseViT, canvas: PatchCanvas, views: Views, draw: Draw) -> list[Tensor]:
     """What attention puts out, logits, both total variations, and gradients to the pixels of these."""
-    dtype, positions = vit.patch_proj.weight.dtype, canvas.jittered_positions(jitter)
     found = []
     for wanted in (False, True):
-        output = vit(canvas.windows(jitter, dtype), positions, mirrored=jitter.flip, return_attended=wanted)
+        output = vit(*views.look(canvas, draw, vit.patch_proj.weight.dtype), return_attended=wanted)
         found += [output.logits, *output.attended]
     parts = output.logits[:, 0].sum(), *(total_variation(canvas, order) for order in (1, 2))
     return [x.detach().float() for x in (*found, *parts[1:], *(_gradient(part, canvas) for part in parts))]

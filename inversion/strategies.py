@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from inversion.schedule import Stage, stages_of
+from inversion.schedule import GROWTHS, Stage, check_schedule, left_of, stages_of
 from utils.errors import UserError
 from utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from models import PatchGrid
 
 
 class Strategy(Protocol):
@@ -20,8 +22,8 @@ class Strategy(Protocol):
     detaches: bool
     """Whether the patches that stop become images of their own."""
 
-    def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
-        """The stages of an inversion that starts with `patches` patches."""
+    def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:
+        """The stages of an inversion of images of that grid."""
 
     def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Importance (B, n) of the remaining patches -> indices (B, count), ascending, of those that go on."""
@@ -33,8 +35,8 @@ class Dense:
 
     detaches = False
 
-    def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
-        return stages_of(iterations, patches, [-1], [0])
+    def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:
+        return stages_of(iterations, grid.count, [-1], [0])
 
     def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         raise AssertionError("dense inversion has one stage")
@@ -48,8 +50,8 @@ class StopLowest:
     prune_ratio: Sequence[float]
     detaches = False
 
-    def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
-        return stages_of(iterations, patches, self.prune_it, self.prune_ratio)
+    def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:
+        return stages_of(iterations, grid.count, self.prune_it, self.prune_ratio)
 
     def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         return highest(importance, count)
@@ -80,7 +82,8 @@ class PatchRebirth:
     division: int
     detaches = True
 
-    def stages(self, iterations: int, patches: int) -> tuple[Stage, ...]:
+    def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:
+        patches = grid.count
         size, length = patches // self.division, iterations // self.division
         if size < 1 or length < 1:
             raise UserError(
@@ -95,6 +98,43 @@ class PatchRebirth:
 
     def keep(self, importance: Tensor, count: int, generator: torch.Generator) -> Tensor:
         return highest(-importance, count)
+
+
+class Grow(StopLowest):
+    """The centering of Plug-In Inversion (Ghiasi et al., ICML 2022): patches begin, from the middle outwards.
+
+    The image is at first the central part of it with a quarter of its sides, and grows by an eighth of them in
+    `GROWTHS` phases of equal length to all of it; parts are whole patches. A model that runs on kept patches is fed the
+    part as it is, where the paper enlarges it or resamples position embeddings. The least important of the patches that
+    have begun stop, on a schedule, if there is one; where patches stop and begin at once, they stop first.
+    """
+
+    def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:
+        check_schedule(iterations, self.prune_it, self.prune_ratio)
+        scheduled = list(self.prune_it) != [-1]
+        stops = dict(zip(self.prune_it, self.prune_ratio, strict=True)) if scheduled else {}
+        begins, seen = {}, set()
+        for phase in range(GROWTHS):
+            more = central_patches(grid, (phase + 2) / (GROWTHS + 1)) - seen
+            if more:
+                begins.setdefault(phase * iterations // GROWTHS, set()).update(more)
+                seen |= more
+        starts, stages, patches = sorted({*stops, *begins}), [], 0
+        for start, stop in zip(starts, [*starts[1:], iterations], strict=True):
+            if patches and start in stops:
+                patches = left_of(patches, stops[start], start)
+            patches += len(begins.get(start, ()))
+            stages.append(Stage(start, stop, patches, tuple(sorted(begins.get(start, ())))))
+        return tuple(stages)
+
+
+def central_patches(grid: PatchGrid, share: float) -> set[int]:
+    """Positions of the middle of the grid that has a share of its sides, at least a patch."""
+    middle = []
+    for count in (grid.rows, grid.cols):
+        size = max(1, round(share * count))
+        middle.append(range((count - size) // 2, (count - size) // 2 + size))
+    return {row * grid.cols + col for row in middle[0] for col in middle[1]}
 
 
 def highest(importance: Tensor, count: int) -> Tensor:
@@ -116,4 +156,5 @@ STRATEGIES = {
     "highest": lambda config: StopHighest(config.prune_it, config.prune_ratio),
     "random": lambda config: StopRandom(config.prune_it, config.prune_ratio),
     "pri": lambda config: PatchRebirth(config.pri_division),
+    "grow": lambda config: Grow(config.prune_it, config.prune_ratio),
 }

@@ -86,6 +86,11 @@ class SparseImages:
         pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions", "labels"))
         return SparseImages(*(torch.cat(pair) for pair in pairs))
 
+    def with_more(self, others: SparseImages) -> SparseImages:
+        """The same images with the patches that `others` have of each at other positions."""
+        pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions"))
+        return SparseImages(*(torch.cat(pair, dim=1) for pair in pairs), self.labels)
+
     def at(self, index: Tensor | slice) -> SparseImages:
         """The images at `index`."""
         return SparseImages(self.patches[index], self.positions[index], self.labels[index])

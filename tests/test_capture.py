@@ -13,7 +13,9 @@ import inversion.capture
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter
 from inversion.engine import COPIES, REFRESH, LossLog, changing
+from inversion.config import DEFAULT_VIEWS
 from inversion.self_check import verdict
+from inversion.views import Draw
 from kt import DistillConfig, Distiller
 from models.packed import PackedBlock, PackedLinear
 from quant import QuantConfig, quantize
@@ -102,7 +104,7 @@ class TapedInverter(Inverter):
 
     def adam(self, canvas):
         lr = torch.tensor(self.config.lr)
-        return torch.optim.Adam([canvas.pixels], lr=lr, betas=self.config.betas, fused=True)
+        return torch.optim.Adam([canvas.parameter], lr=lr, betas=self.config.betas, fused=True)
 
     def stepper(self, canvas, optimizer, targets):
         self.state = lambda: changing(canvas, optimizer)
@@ -131,21 +133,21 @@ def test_a_recording_that_reads_something_stale_is_found_and_left_alone(model, s
     recording, record, early = [], recorded.recorder.record, {}
     recorded.recorder.record = lambda run: (recording.append(1), record(run), recording.pop())[1]
 
-    def wrong(self, canvas, optimizer, targets, jitter):
+    def wrong(self, canvas, optimizer, targets, draws):
         """What a recording would keep: a copy, numbers, a number."""
         if not recording:
             early.setdefault(canvas.pixels.shape, canvas.pixels.detach().clone())
-            return step(self, canvas, optimizer, targets, jitter)
+            return step(self, canvas, optimizer, targets, draws)
         if stale == "pixels":
             with torch.no_grad():
                 canvas.pixels.copy_(early[canvas.pixels.shape])
         if stale == "jitter":
-            jitter = Jitter(jitter.dy.item(), jitter.dx.item(), bool(jitter.flip))
+            draws = (Draw(Jitter(*draws[0, :2].long().tolist(), bool(draws[0, 2])), torch.zeros(len(canvas.positions), 0)),)
         if stale != "learning rate":
-            return step(self, canvas, optimizer, targets, jitter)
+            return step(self, canvas, optimizer, targets, draws)
         group = optimizer.param_groups[0]
         kept, group["lr"] = group["lr"], group["lr"].item()
-        loss = step(self, canvas, optimizer, targets, jitter)
+        loss = step(self, canvas, optimizer, targets, draws)
         group["lr"] = kept
         return loss
 
@@ -241,7 +243,7 @@ def test_wrong_fast_paths_are_found_once_and_plain_code_runs(monkeypatch):
     if not any(isinstance(block, PackedBlock) for block in Inverter(model, InversionConfig(), CPU).vit.blocks):
         pytest.skip("this torch has no packed layers")
     wanted = Inverter(model, InversionConfig(**how), CPU, eager=True).invert(0)
-    assert verdict(model, CPU, torch.float32) is None
+    assert verdict(model, CPU, torch.float32, DEFAULT_VIEWS) is None
     with monkeypatch.context() as broken:
         broken.setattr(PackedLinear, "plus", lambda self, x, residual: residual)
         with pytest.warns(UserNote, match="packed layers.*--eager") as notes:
@@ -269,7 +271,7 @@ def test_right_fast_paths_are_told_apart_from_rounding(options, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batch = Inverter(model, config, CPU).invert(0)
-    assert verdict(model, CPU, getattr(torch, dtype)) is True
+    assert verdict(model, CPU, getattr(torch, dtype), DEFAULT_VIEWS) is True
     eager = Inverter(model, config, CPU, eager=True)
     assert not any(isinstance(block, PackedBlock) for block in eager.vit.blocks)
     torch.testing.assert_close(batch.losses, eager.invert(0).losses, rtol=1e-4 if dtype == "float32" else 5e-2, atol=0)

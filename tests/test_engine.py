@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-import inversion.engine
+import inversion.canvas
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, draw_jitters, jittered_positions
 from inversion.engine import batch_generator
@@ -39,7 +39,7 @@ def spied_inverter(model, **config) -> tuple[Inverter, list]:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_inverted_digits_are_classified_as_their_labels(dtype, sparse, monkeypatch):
     """Without jitter: the digits model was not trained on mirrored digits, so a flip asks for what it cannot give."""
-    monkeypatch.setattr(inversion.engine, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
+    monkeypatch.setattr(inversion.canvas, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
     model = load_model(DEFAULT_MODEL)
     schedule = {"prune_it": (10, 20, 30), "prune_ratio": (0.3, 0.3, 0.3)} if sparse else {}
     batch = Inverter(model, InversionConfig(iterations=100, batch_size=16, dtype=dtype, **schedule), CPU).invert(0)
@@ -249,7 +249,7 @@ def test_impossible_configurations_are_refused(change, why):
 
 def test_adversarial_images_are_those_that_the_student_gets_wrong(monkeypatch):
     """The student is the teacher with a disturbed head."""
-    monkeypatch.setattr(inversion.engine, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
+    monkeypatch.setattr(inversion.canvas, "draw_jitters", lambda count, *_: [Jitter(0, 0, False)] * count)
     teacher, student = load_model(DEFAULT_MODEL), load_model(DEFAULT_MODEL)
     with torch.no_grad():
         weight = student.vit.head.weight

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import inversion.capture
-from inversion import IMPORTANCES, INITS, STRATEGIES, InversionConfig, Inverter
+from inversion import CANVASES, IMPORTANCES, INITS, STRATEGIES, VIEWS, InversionConfig, Inverter
 from inversion.priors import options, terms
 from kt import AUGMENTATIONS, DistillConfig
 from kt.config import OPTIMIZERS
@@ -32,6 +32,11 @@ INVERSIONS = [
     {"strategy": "pri", "pri_division": 2},
     *({"importance": name, **SCHEDULE} for name in IMPORTANCES),
     *({"init": name} for name in INITS),
+    *({"canvas": name, **SCHEDULE} for name in CANVASES),
+    *({"views": (name,), **SCHEDULE} for name in VIEWS),
+    {"views": tuple(VIEWS), "canvas": "spectral", "copies": 2},
+    {"strategy": "grow", "canvas": "spectral", "iterations": 14, "lr_schedule": "phases"},
+    {"strategy": "grow", "iterations": 14},
     {"projections": ("lowpass:every=1",), "lr_schedule": "cosine", "warmup": 1, **SCHEDULE},
     {"snapshots": (2,), "targets": ("balanced",), "soft_label": 0.1, "flip": False, "dtype": "bfloat16", **SCHEDULE},
 ]
@@ -55,14 +60,14 @@ def test_an_inversion_on_the_device(settings, images, monkeypatch, request):
     monkeypatch.setattr("inversion.priors.deepinversion.load_cnn", small_cnn)
     monkeypatch.setattr(inversion.capture, "EAGER_STEPS", 1)
     model = tiny_model()
-    config = InversionConfig(iterations=4, batch_size=2, student="a student", **settings)
+    config = InversionConfig(**{"iterations": 4, **settings}, batch_size=2, student="a student")
     device = request.getfixturevalue("cuda")
     inverter = Inverter(model, config, CUDA, tiny_model(depth=1), lambda batch: images)
     for name in ("_split", "_reduced", "_project"):
         setattr(inverter, name, device.inside("step", getattr(inverter, name)))
     batch = inverter.invert(0)
     assert batch.images.patches.device.type == "cpu"
-    assert len(batch.losses) == 4
+    assert len(batch.losses) == config.iterations
 
 
 def test_all_options_of_priors_are_known():

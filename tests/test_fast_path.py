@@ -10,6 +10,7 @@ import models.attention
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, PatchCanvas, jittered_positions
 from inversion.targets import distributions
+from inversion.views import Draw
 from models import DEFAULT_MODEL, LoadedModel, load_model
 from models.packed import PackedBlock
 from models.sparse_vit import SparseBlock
@@ -44,7 +45,9 @@ def engine_step(inverter: Inverter, pixels, positions, labels, jitter) -> tuple[
     """The same of the engine; the gradient is what it left for the optimizer."""
     canvas = PatchCanvas(inverter.vit.grid, pixels.clone(), positions)
     targets = distributions(labels, inverter.vit.num_classes, 0.0)
-    loss = inverter._step(canvas, inverter.adam(canvas), targets, jitter)
+    canvas.limits = inverter.limits
+    draw = Draw(jitter, torch.zeros(len(positions), 0))
+    loss = inverter._step(canvas, inverter.adam(canvas), targets, (draw,))
     return loss, canvas.pixels.grad
 
 

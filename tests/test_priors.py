@@ -17,6 +17,7 @@ from inversion.priors.cmi import contrast, unit
 from inversion.priors.deepinversion import load_cnn
 from inversion.priors.psaq import TargetedVariation, pair_cosines
 from inversion.targets import distributions
+from inversion.views import Draw, Seen, Views
 from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
 from tests.conftest import tiny_model
 from tests.test_canvas import plain_tv, random_canvas
@@ -36,8 +37,12 @@ def normal(*size: int, seed: int = 0) -> torch.Tensor:
 def inputs_of(canvas: PatchCanvas, jitter: Jitter = STILL, **fields) -> LossInputs:
     dtype = canvas.pixels.dtype
     fields = {"output": None, "targets": None, **fields}
-    patches, positions = canvas.windows(jitter, dtype), canvas.jittered_positions(jitter)
-    return LossInputs(canvas=canvas, jitter=jitter, patches=patches, positions=positions, **fields)
+    views, draw = Views(("roll", "flip"), canvas.grid, CPU), Draw(jitter, torch.zeros(len(canvas.positions), 0))
+
+    def look(draw: Draw) -> Seen:
+        return views.look(canvas, draw, dtype)
+
+    return LossInputs(canvas=canvas, seen=look(draw), opposite=lambda: look(views.opposite(draw)), **fields)
 
 
 def parse(*flags: str) -> InversionConfig:
@@ -69,7 +74,7 @@ def test_cross_entropy_with_soft_labels():
     assert targets[1].tolist() == pytest.approx([0.2 / 7] * 6 + [0.8 + 0.2 / 7])
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return CrossEntropy(None)(LossInputs(ViTOutput(logits, None), targets, None, None, None, None))
+        return CrossEntropy(None)(LossInputs(ViTOutput(logits, None), targets, None, None, None))
 
     plain = 0.0
     for row, label in zip(logits.softmax(1).tolist(), labels.tolist(), strict=True):

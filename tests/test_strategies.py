@@ -28,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize(("division", "patches", "expected"), [(2, 196, (196, 98)), (4, 196, (196, 147, 98, 49))])
 def test_pri_detaches_an_equal_share_at_equal_intervals(division, patches, expected):
-    stages = PatchRebirth(division).stages(4000, patches)
+    stages = PatchRebirth(division).stages(4000, PatchGrid(2, patches // 2, 4, 4))
     assert tuple(stage.patches for stage in stages) == expected
     assert [stage.start for stage in stages] == [k * (4000 // division) for k in range(division)]
     assert stages[-1].stop == 4000
@@ -114,8 +114,8 @@ def test_a_strategy_from_outside_is_a_row(model, monkeypatch):
 
         detaches = False
 
-        def stages(self, iterations, patches):
-            return stages_of(iterations, patches, [iterations // 2], [0.5])
+        def stages(self, iterations, grid):
+            return stages_of(iterations, grid.count, [iterations // 2], [0.5])
 
         def keep(self, importance, count, generator):
             return torch.arange(count).expand(len(importance), -1)

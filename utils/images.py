@@ -165,7 +165,7 @@ class Synthesis:
         """The first `count` images. Where `add` is off, all of them have to be there."""
         have = 0 if self.images is None else len(self.images)
         if count > have:
-            _require_memory(count, self.pool.model, self.pool.config.kept(self.pool.grid.count))
+            _require_memory(count, self.pool.model, self.pool.config.kept(self.pool.grid))
             if add:
                 synthesize(self.pool, count, **self.where, **self.how)
             new = self.pool.read(count, first=have)
@@ -188,7 +188,7 @@ class Synthesis:
     def course(self, count: int) -> LossCurve:
         """The loss of the first `count` images."""
         config = self.pool.config
-        stages = config.strategy_object().stages(config.iterations, self.pool.grid.count)
+        stages = config.strategy_object().stages(config.iterations, self.pool.grid)
         return LossCurve(self.pool.losses(count), [stage.start for stage in stages], [s.patches for s in stages])
 
 

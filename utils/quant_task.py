@@ -162,7 +162,7 @@ def _require_room(
 ) -> None:
     """Raise `UserError` where something that comes later in the run finds no room, or a rank no batch."""
     vit, stored = SparseViT(model.vit), isinstance(task.images, Stored)
-    patches = task.images.config.kept(model.grid.count) if isinstance(task.images, Inverted) else model.grid.count
+    patches = task.images.config.kept(model.grid) if isinstance(task.images, Inverted) else model.grid.count
     calibration.require_batches(task.num_images, config)
     if not stored:  # of a pool nobody has said yet how many patches its images have
         calibration.require_memory_for(vit, config, task.num_images, patches, device)

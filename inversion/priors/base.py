@@ -11,7 +11,8 @@ from utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from inversion.canvas import Jitter, PatchCanvas
+    from inversion.canvas import PatchCanvas
+    from inversion.views import Seen
     from models import LoadedModel, SparseImages, SparseViT, ViTOutput
 
 
@@ -24,44 +25,43 @@ def precise(x: Tensor) -> Tensor:
 class LossInputs:
     """What a term may look at in one iteration.
 
-    `output` of the teacher on the jittered image, `targets` (B, classes), rows that sum to 1, the un-jittered `canvas`,
-    the `jitter`, and the `patches` (B, n, C, height, width) and `positions` (B, n) that the teacher was fed.
+    `output` of the teacher on what it was fed, `targets` (B, classes), rows that sum to 1, the `canvas` as it is before
+    any view, and what the teacher was fed (`seen`). `opposite` gives another look at the same images, under views that
+    have as little in common with this one's as there is.
     """
 
     output: ViTOutput
     targets: Tensor
     canvas: PatchCanvas
-    jitter: Jitter
-    patches: Tensor
-    positions: Tensor
+    seen: Seen
+    opposite: Callable[[], Seen]
 
     def seen_by(self, vit: SparseViT) -> ViTOutput:
-        """What another model gives for the same jittered image."""
-        return vit(self.patches, self.positions, mirrored=self.jitter.flip)
+        """What another model gives for what the teacher was fed."""
+        return vit(*self.seen)
 
     def image(self) -> Tensor:
-        """The jittered image (B, C, H, W), zeros where patches have stopped."""
+        """What the teacher was fed as an image (B, C, H, W), zeros where there is no patch."""
         # Positions are mirrored already, the pixels inside a patch are not.
-        flip = self.jitter.flip
+        patches, flip = self.seen.patches, self.seen.mirrored
         if isinstance(flip, torch.Tensor):
-            patches = torch.where(flip.bool(), self.patches.flip(-1), self.patches)
-        else:
-            patches = self.patches.flip(-1) if flip else self.patches
-        return self.canvas.grid.unpatchify(patches, self.positions)
+            patches = torch.where(flip.bool(), patches.flip(-1), patches)
+        elif flip:
+            patches = patches.flip(-1)
+        return self.canvas.grid.unpatchify(patches, self.seen.positions)
 
 
 @dataclass(frozen=True)
 class Context:
     """What a term is made from: the inverted model, as the user gave it and as the engine runs it, and what else.
 
-    `flip`: whether jitter mirrors; `options`: the configuration's; `frozen` makes the engine's copy of another model.
+    `options`: the configuration's; `frozen` makes the engine's copy of another model.
     """
 
     model: LoadedModel
     vit: SparseViT
     device: torch.device
     dtype: torch.dtype
-    flip: bool
     options: Mapping[str, object]
     student: LoadedModel | None
     frozen: Callable[[LoadedModel], SparseViT]

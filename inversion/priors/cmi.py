@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class Contrast(Loss):
     """-log (exp(s(x, x+) / T) / sum exp(s(x, x-) / T)), mean over the batch, s the cosine of features.
 
-    x+ is another view of the image: rolled the other way, and mirrored if x is not. The x- are the other images of the
+    x+ is another view of the image: rolled the other way, mirrored if x is not, and so on. The x- are the other images of the
     batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into the bank.
     """
 
     def __init__(self, context: Context) -> None:
-        self.vit, self.flip = context.vit, context.flip
+        self.vit = context.vit
         self.temperature, self.size = float(context.options["cmi_temperature"]), int(context.options["cmi_bank"])
         self.runs = (self.vit,)
         self.bank: Tensor | None = None
@@ -44,12 +44,7 @@ class Contrast(Loss):
                 self.bank = unit(torch.cat(parts))
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        jitter, mirrored = inputs.jitter, inputs.jitter.flip
-        if self.flip:
-            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
-        view = jitter._replace(dy=-jitter.dy, dx=-jitter.dx, flip=mirrored)
-        windows = inputs.canvas.windows(view, inputs.patches.dtype)
-        other = self.vit(windows, inputs.canvas.jittered_positions(view), mirrored=mirrored)
+        other = self.vit(*inputs.opposite())
         return contrast(unit(inputs.output.features), unit(other.features), self.bank, self.temperature)
 
 

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
     config, grid = inversion_config(args, args.batch), model.grid
     dtype = config.dtype
-    stages = config.strategy_object().stages(config.iterations, grid.count)
+    stages = config.strategy_object().stages(config.iterations, grid)
     size = args.peak_size or (4096 if device.type == "cpu" else 8192)
     peaks = {name: matmul_peak(device, getattr(torch, name), size) for name in {"float32", dtype}}
     rows = make_rows(model, config, device, stages, peaks, args.compiled)
@@ -367,7 +367,7 @@ def strategy_seconds(
     configs = {"dense": unscheduled, config.strategy: config}
     configs |= {f"pri {v}": replace(unscheduled, strategy="pri", pri_division=v) for v in divisions}
     grid = model.grid
-    plans = {name: c.strategy_object().stages(c.iterations, grid.count) for name, c in configs.items()}
+    plans = {name: c.strategy_object().stages(c.iterations, grid) for name, c in configs.items()}
     counts = sorted({stage.patches for stages in plans.values() for stage in stages}, reverse=True)
     engines = {n: Engine(model, config, device, random_positions(grid, config.batch_size, n, device)) for n in counts}
     seconds: dict[int, list[float]] = {count: [] for count in counts}

@@ -1,0 +1,335 @@
+"""Views: how the image is changed, by chance and at every step, between the canvas and the model. `VIEWS` names them.
+
+`roll` and `flip` are one draw for the batch, as published; every other view draws anew for each image. A stopped patch
+is read as zeros, the mean colour, before anything else is done, by every view alike: what the model is fed is what it
+would be fed if the view were applied to the whole image with zeros where patches have stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from utils.calls import canonical, parse_call
+from utils.errors import UserError
+from utils.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inversion.canvas import Jitter, PatchCanvas
+    from models import PatchGrid
+
+LEVELS = 4
+"""Crops that are tried, each larger than the one before, until there is enough to see."""
+SEEN = 1e-4
+"""Share of a patch that has to be covered for its position to count."""
+NOISE_PATCHES = 4096
+
+
+class Seen(NamedTuple):
+    """What the model is fed: `patches` (B, n, C, height, width) at `positions` (B, n), each mirrored if `mirrored`."""
+
+    patches: Tensor
+    positions: Tensor
+    mirrored: bool | Tensor = False
+
+
+class Draw(NamedTuple):
+    """The chance of one look at a batch: a `jitter` for all of it, and `numbers` (B, k) in [0, 1) of the other views."""
+
+    jitter: Jitter
+    numbers: Tensor
+
+    def opposite(self, flip: bool) -> Draw:
+        """Rolled the other way, mirrored if this one is not (where there are flips), every number u as 1 - u."""
+        jitter, mirrored = self.jitter, self.jitter.flip
+        if flip:
+            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
+        return Draw(jitter._replace(dy=-jitter.dy, dx=-jitter.dx, flip=mirrored), 1 - self.numbers)
+
+    def packed(self) -> Tensor:
+        """As one tensor (3 + B * k,), for what a recording reads."""
+        return torch.cat([torch.tensor(self.jitter, dtype=torch.float32), self.numbers.flatten()])
+
+    @staticmethod
+    def unpacked(row: Tensor, batch: int) -> Draw:
+        """The draw of `batch` images that a row of `packed` stands for; nothing waits for its values."""
+        from inversion.canvas import Jitter
+
+        return Draw(Jitter(*row[:3].long().unbind()), row[3:].view(batch, -1))
+
+
+class View:
+    """A change of what the model is fed. Its fields are its settings, `NAME:key=value,key=value`."""
+
+    numbers = 0
+    """Uniform numbers that it takes for each image and look."""
+
+    def prepare(self, grid: PatchGrid, device: torch.device) -> None:
+        """Called once before any look."""
+
+    def __call__(self, patches: Tensor, positions: Tensor, u: Tensor, grid: PatchGrid, plain: bool):
+        """The changed patches and where they are.
+
+        Args:
+            patches: (B, n, C, height, width).
+            positions: (B, n), int64.
+            u: (B, numbers), uniform in [0, 1).
+            grid: what positions count in.
+            plain: by stock kernels and autograd alone.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Roll(View):
+    """The image is rolled by up to `share` of its height and width, one draw for the batch; it wraps around."""
+
+    share: float = 1 / 8
+
+    def __post_init__(self) -> None:
+        _within(self.share, 0, 1, "roll: share")
+
+
+@dataclass
+class Flip(View):
+    """The batch is mirrored in half of the looks."""
+
+
+@dataclass
+class Crop(View):
+    """A part of the image, of a share uniform in [`area`, 1] of it and of its shape, anywhere in it, is enlarged to it.
+
+    Bilinear, pixels beyond the border are those at it. Kept patches are resampled onto the grid where they land. As
+    many positions are fed as patches are kept, those of which most is covered by kept patches, so that shapes do not
+    depend on the draw; a position that nothing lands on is left out. Where a crop covers fewer positions than that, it
+    is enlarged towards the whole image, of which just as many are covered.
+    """
+
+    area: float = 0.35
+    numbers = 3
+
+    def __post_init__(self) -> None:
+        _within(self.area, 0.01, 1, "crop: area")
+
+    def __call__(self, patches, positions, u, grid, plain):
+        side = (self.area + (1 - self.area) * u[:, 0]).sqrt()
+        if positions.shape[1] < grid.count:
+            side, chosen = self._roomy(side, positions, u, grid)
+        else:
+            chosen = grid.all_positions(len(positions), positions.device)
+        exact = torch.promote_types(patches.dtype, torch.float32)
+        image, side = grid.unpatchify(patches.to(exact), positions), side.to(exact)
+        lines = [
+            _lines(side, place.to(exact), count, size)
+            for place, count, size in zip(u[:, 1:].unbind(1), (grid.rows, grid.cols), (grid.height, grid.width), strict=True)
+        ]
+        read = _by_weights if plain or patches.device.type != "cpu" else _by_points
+        return read(image, *lines, chosen, grid).to(patches.dtype), chosen
+
+    @staticmethod
+    def _roomy(side: Tensor, positions: Tensor, u: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+        """The side of each crop that shows enough, (B,), and the positions (B, n) of which it covers most."""
+        from inversion.strategies import highest
+
+        batch, count = positions.shape
+        steps = torch.linspace(0, 1, LEVELS, device=side.device)[:, None]
+        sides = torch.lerp(side, torch.ones_like(side), steps)
+        kept = torch.zeros(batch, grid.count, device=side.device).scatter_(1, positions, 1.0)
+        rows, cols = (_overlaps(sides, u[:, 1 + axis], size) for axis, size in enumerate((grid.rows, grid.cols)))
+        covered = (rows @ kept.view(batch, grid.rows, grid.cols) @ cols.transpose(-2, -1)).flatten(2)
+        covered = covered / sides.square()[..., None]
+        enough = (covered > SEEN).sum(dim=2) >= count
+        first = (enough.cumsum(dim=0) == 0).sum(dim=0, keepdim=True)
+        best = covered.gather(0, first[..., None].expand(-1, -1, grid.count))[0]
+        return sides.gather(0, first)[0], highest(best, count)
+
+
+@dataclass
+class Colour(View):
+    """Each channel becomes x * s + m, s = exp(uniform in [-`scale`, `scale`]), m uniform in [-`shift`, `shift`].
+
+    The colour shift of Plug-In Inversion (Ghiasi et al., ICML 2022), whose `scale` and `shift` are 1; normalized pixels.
+    """
+
+    scale: float = 0.5
+    shift: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within(self.scale, 0, 5, "colour: scale")
+        _within(self.shift, 0, 5, "colour: shift")
+
+    numbers = 6
+
+    def __call__(self, patches, positions, u, grid, plain):
+        u = (2 * u - 1).view(len(u), 2, -1, 1, 1)[:, :, : patches.shape[2]].to(patches.dtype)
+        scale, shift = (self.scale * u[:, 0]).exp(), self.shift * u[:, 1]
+        return torch.addcmul(shift[:, None], patches, scale[:, None]), positions
+
+
+@dataclass
+class Contrast(View):
+    """All channels are scaled about the mean colour by exp(uniform in [-`scale`, `scale`])."""
+
+    scale: float = 0.5
+    numbers = 1
+
+    def __post_init__(self) -> None:
+        _within(self.scale, 0, 5, "contrast: scale")
+
+    def __call__(self, patches, positions, u, grid, plain):
+        return patches * (self.scale * (2 * u - 1)).exp().to(patches.dtype).view(-1, 1, 1, 1, 1), positions
+
+
+@dataclass
+class Noise(View):
+    """Normal noise is added, its standard deviation uniform in [0, `deviation`] normalized pixels.
+
+    It comes from a sequence of a few thousand patches of noise, drawn once, each look of each image at a place of its
+    own: the same on every device, and several times cheaper than new noise.
+    """
+
+    deviation: float = 0.3
+    numbers = 2
+
+    def __post_init__(self) -> None:
+        _within(self.deviation, 0, 10, "noise: deviation")
+
+    def prepare(self, grid, device):
+        drawn = torch.randn(NOISE_PATCHES, grid.pixels, generator=torch.Generator().manual_seed(0))
+        self.patches = drawn.to(device)
+
+    def __call__(self, patches, positions, u, grid, plain):
+        start = (u[:, 1:] * NOISE_PATCHES).long()
+        rows = (start + torch.arange(positions.shape[1], device=u.device)) % NOISE_PATCHES
+        deviation = (self.deviation * u[:, 0]).to(patches.dtype).view(-1, 1, 1, 1, 1)
+        return patches + deviation * self.patches[rows].view(patches.shape).to(patches.dtype), positions
+
+
+VIEWS: dict[str, type[View]] = {
+    "roll": Roll,
+    "flip": Flip,
+    "crop": Crop,
+    "colour": Colour,
+    "contrast": Contrast,
+    "noise": Noise,
+}
+"""In the order in which they are applied, whatever order they are asked for in; the flip comes last."""
+
+
+def canonical_views(texts: Sequence[str]) -> tuple[str, ...]:
+    """The same views as every configuration writes them: in order, settings of their own alone, none twice.
+
+    Raises:
+        UserError: an unknown name or setting, a setting out of range, or a view that is there twice.
+    """
+    found = {}
+    for text in texts:
+        name, view = parse_call(text, VIEWS, "--views")
+        if name in found:
+            raise UserError(f"--views has {name} twice")
+        found[name] = canonical(name, view)
+    return tuple(found[name] for name in VIEWS if name in found)
+
+
+class Views:
+    """The views of a configuration, ready to look.
+
+    Args:
+        texts: as the configuration has them.
+        grid: what positions count in.
+        device: where the images are.
+        plain: by stock kernels and autograd alone.
+    """
+
+    def __init__(self, texts: Sequence[str], grid: PatchGrid, device: torch.device, plain: bool = False) -> None:
+        views = dict(parse_call(text, VIEWS, "--views") for text in canonical_views(texts))
+        self.grid, self.plain = grid, plain
+        self.flip = views.pop("flip", None) is not None
+        self.roll: Roll | None = views.pop("roll", None)
+        self.others = list(views.values())
+        for view in self.others:
+            view.prepare(grid, device)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that a look takes for each image."""
+        return sum(view.numbers for view in self.others)
+
+    def draws(self, count: int, batch: int, generator: torch.Generator) -> list[Draw]:
+        """The chance of `count` looks at a batch of `batch` images."""
+        from inversion.canvas import draw_jitters
+
+        jitters = draw_jitters(count, self.grid, generator, self.flip, 0.0 if self.roll is None else self.roll.share)
+        numbers = torch.rand(count, batch, self.numbers, generator=generator) if self.numbers else torch.zeros(1, batch, 0)
+        return [Draw(*pair) for pair in zip(jitters, numbers.expand(count, -1, -1), strict=True)]
+
+    def look(self, canvas: PatchCanvas, draw: Draw, dtype: torch.dtype) -> Seen:
+        """What the model is fed of a canvas, in `dtype`. A flip is left to the model, which mirrors its projection."""
+        from inversion.canvas import mirrored_positions, rolled_positions
+
+        jitter, first = draw.jitter, 0
+        patches, positions = canvas.windows(jitter, dtype), rolled_positions(canvas.positions, self.grid, jitter)
+        for view in self.others:
+            u = draw.numbers[:, first : first + view.numbers]
+            patches, positions = view(patches, positions, u, self.grid, self.plain)
+            first += view.numbers
+        return Seen(patches, mirrored_positions(positions, self.grid, jitter), jitter.flip)
+
+    def opposite(self, draw: Draw) -> Draw:
+        """The chance of a look that has as little in common with this one as there is."""
+        return draw.opposite(self.flip)
+
+
+def _within(value: float, low: float, high: float, what: str) -> None:
+    if not low <= value <= high:
+        raise UserError(f"--views {what} {value:g} is not in [{low:g}, {high:g}]")
+
+
+def _overlaps(side: Tensor, place: Tensor, count: int) -> Tensor:
+    """How much of each patch a crop puts at each place, along one axis of `count` patches: (.., B, count, count).
+
+    Args:
+        side: (.., B), of the crop, a share of the image's.
+        place: (B,), of the crop within the room that it leaves, in [0, 1).
+        count: patches along the axis.
+    """
+    index = torch.arange(count, device=side.device)
+    start = ((1 - side) * place * count)[..., None] + index * side[..., None]
+    end = torch.minimum((start + side[..., None])[..., None], index + 1.0)
+    return (end - torch.maximum(start[..., None], index.to(start))).clamp(min=0)
+
+
+def _lines(side: Tensor, place: Tensor, count: int, size: int) -> Tensor:
+    """Where a crop reads its lines along one axis of `count` patches of `size` px: (B, count * size), in pixels."""
+    length = count * size
+    line = torch.arange(length, device=side.device) + 0.5
+    read = ((1 - side) * place * length)[:, None] + line * side[:, None] - 0.5
+    return read.clamp(0, length - 1)
+
+
+def _by_weights(image: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid) -> Tensor:
+    """Bilinear samples as two products: (B, n, C, h, w) of an image (B, C, H, W), read at `rows` (B, H), `cols` (B, W).
+
+    Its gradient is a product as well, and so the same every time on a GPU.
+    """
+    down, right = (
+        (1 - (lines[:, :, None] - torch.arange(size, device=lines.device)).abs()).clamp(min=0)[:, None]
+        for lines, size in ((rows, image.shape[-2]), (cols, image.shape[-1]))
+    )
+    patches = grid.patchify(down @ image @ right.transpose(-2, -1))
+    return patches[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
+
+
+def _by_points(image: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid) -> Tensor:
+    """As `_by_weights`, at the chosen positions alone."""
+    batch, count = chosen.shape
+    (height, width), index = grid.image_size, torch.arange(batch, device=chosen.device)[:, None]
+    y = rows.view(batch, grid.rows, -1)[index, chosen // grid.cols] * (2 / height) + (1 / height - 1)
+    x = cols.view(batch, grid.cols, -1)[index, chosen % grid.cols] * (2 / width) + (1 / width - 1)
+    shape = batch, count, grid.height, grid.width
+    points = torch.stack([x[:, :, None].expand(shape), y[..., None].expand(shape)], dim=-1)
+    sampled = F.grid_sample(image, points.flatten(1, 2), padding_mode="border", align_corners=False)
+    return sampled.view(batch, -1, count, grid.height, grid.width).transpose(1, 2)
