@@ -203,7 +203,7 @@ def test_the_script_goes_on_where_it_was(folder, bench, tmp_path, capsys, monkey
 
 
 def test_a_head_is_taught(folder, bench, monkeypatch):
-    monkeypatch.setattr(image_quality, "HEAD", image_quality.HEAD | {"steps": 25})
+    monkeypatch.setattr(image_quality, "HEAD", image_quality.HEAD | {"steps": 50, "lr": 0.03})
     real, noise = (
         FIGURES["head"].measure(bench, images_of(sparse))
         for sparse in (real_sample(bench, 60, 0), noise_sample(MODEL, 60, 0))
@@ -269,6 +269,7 @@ def test_judges_are_trained_by_their_own_script(tmp_path, capsys):
         (["--pools", "{folder}/smi", "{folder}/smi"], "more than one row; give NAME=DIR"),
         (["--pools", "real={folder}/smi"], "real is the name of more than one row"),
         (["--seeds", "1", "1"], "a seed is given twice"),
+        (["--figures", "beauty"], "--figures beauty is none of recognized_cnn, "),
         (["--num_images", "0"], "--num_images"),
         (["--judge_epochs", "0"], "--judge_epochs"),
         (["--pools", "{folder}/smi", "--num_images", "24", "--model", LETTERS], "a pool of another model"),
@@ -279,3 +280,17 @@ def test_wrong_inputs_are_refused_before_judges_are_trained(folder, tmp_path, mo
     flags = [flag.format(folder=folder) for flag in flags]
     with pytest.raises(UserError, match=why):
         image_quality.main([*flags, "--output", str(tmp_path / "out"), "--judges", str(tmp_path / "judges")])
+
+
+def test_without_data_there_are_figures_all_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_quality, "has_data", lambda model, data: False)
+    monkeypatch.setattr(train_judges, "split_of", None)
+    lines = run(folder, tmp_path)
+    assert [line["images"] for line in lines] == ["noise", "smi", "whole"]
+    assert {name for name in FIGURES if name in lines[0]} == {n for n, figure in FIGURES.items() if not figure.real}
+
+
+def test_only_the_judges_that_are_asked_for_are_trained(folder, tmp_path):
+    flags = ["--judges", str(tmp_path), "--output", str(tmp_path), "--num_images", "8", *JUDGE]
+    assert "slope" in image_quality.main(["--figures", "slope", "agreement", *flags])[0]
+    assert not list(tmp_path.glob("*.pt"))

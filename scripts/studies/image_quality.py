@@ -50,6 +50,8 @@ HEAD = {"epochs": 1, "steps": 400, "optimizer": "adamw", "lr": 3e-3, "lr_schedul
 HEAD_AUGMENT = ("flip", "shift", "mix", "contrast", "noise", "scatter")
 SLICE = 64
 """Images that the teacher is fed at once."""
+REFERENCES = ("real", "noise")
+"""Rows that are always there, as far as there are real images."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,16 @@ class QualityConfig:
         const="",
         metavar="BACKBONE",
     )
+    figures: tuple[str, ...] | None = setting(None, "default all that can be had, head with --head", nargs="+")
     judges: str = setting("./runs/judges", "where judges are kept; what is missing is trained there", metavar="DIR")
     output: str = setting("./runs/image_quality", "where rows and tables go", metavar="DIR")
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if unknown := set(self.figures or ()) - FIGURES.keys():
+            raise UserError(f"--figures {min(unknown)} is none of {', '.join(FIGURES)}")
         names = [name for name, _ in self.named_pools()]
-        if taken := [name for name in names if names.count(name) > 1 or name in ("real", "noise")]:
+        if taken := [name for name in names if names.count(name) > 1 or name in REFERENCES]:
             raise UserError(f"--pools: {taken[0]} is the name of more than one row; give NAME=DIR")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError("--seeds: a seed is given twice")
@@ -323,22 +328,23 @@ def roughness(bench: Bench, images: Images) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of images: the function, a line of help, whether it takes real images, and which value is best.
+    """A figure of images: the function, a line of help, whether real images are needed, and which value is best.
 
-    `best`: `high`, `low`, or `real`, that of real images.
+    `best`: `high`, `low`, or `real`, that of real images. `judge`: the one that it asks.
     """
 
     measure: Callable[[Bench, Images], float]
     about: str
     real: bool
     best: str
+    judge: str | None = None
 
 
 FIGURES: dict[str, Figure] = {
-    "recognized_cnn": Figure(recognized_cnn, "% that the CNN judge names as the label", True, "high"),
-    "recognized_vit": Figure(recognized_vit, "% that the ViT judge names as the label", True, "high"),
-    "frechet": Figure(frechet, "Fréchet distance from real images, CNN judge's features", True, "low"),
-    "spread": Figure(spread, "distance of two images of a class, 1 for real ones", True, "real"),
+    "recognized_cnn": Figure(recognized_cnn, "% that the CNN judge names as the label", True, "high", "cnn"),
+    "recognized_vit": Figure(recognized_vit, "% that the ViT judge names as the label", True, "high", "vit"),
+    "frechet": Figure(frechet, "Fréchet distance from real images, CNN judge's features", True, "low", "cnn"),
+    "spread": Figure(spread, "distance of two images of a class, 1 for real ones", True, "real", "cnn"),
     "slope": Figure(slope, "slope of log power against log frequency", True, "real"),
     "high": Figure(high, "% of power above half of the Nyquist frequency", True, "real"),
     "head": Figure(head, "top-1 % of a linear head that they taught", True, "high"),
@@ -387,38 +393,59 @@ def noise_sample(model: LoadedModel, count: int, seed: int) -> SparseImages:
 
 def kinds(bench: Bench, config: QualityConfig) -> Iterator[tuple[str, Callable[[int], SparseImages]]]:
     """Names of the rows, and what gives their images for a seed. Raises `UserError` for pools that cannot be used."""
-    yield "real", lambda seed: real_sample(bench, config.num_images, seed)
+    if has_data(bench.model, bench.data):
+        yield "real", lambda seed: real_sample(bench, config.num_images, seed)
     yield "noise", lambda seed: noise_sample(bench.model, config.num_images, seed)
     for name, folder in config.named_pools():
         found = pool_images(name, folder, config.num_images, bench.model)
         yield name, lambda seed, found=found: found
 
 
-def measured(bench: Bench, config: QualityConfig, rows: Rows, judges: JudgeConfig) -> list[dict]:
+def has_data(model: LoadedModel, data: DataConfig) -> bool:
+    """Whether there are real images."""
+    return data.dataset is not None or model.dataset == "digits"
+
+
+def chosen_figures(config: QualityConfig, model: LoadedModel, data: DataConfig) -> dict[str, Figure]:
+    """Those of `--figures`, else all that can be had; `head` with `--head` alone, since it is slow."""
+    if config.figures is not None:
+        names = {*config.figures} if config.head is None else {*config.figures, "head"}
+    else:
+        there = has_data(model, data)
+        names = {name for name, figure in FIGURES.items() if there or not figure.real}
+        names -= {"head"} if config.head is None else set()
+    return {name: figure for name, figure in FIGURES.items() if name in names}
+
+
+def cell(bench: Bench, images: Images, name: str) -> dict[str, object]:
+    """All that a figure depends on."""
+    found = {"figure": name, "images": images.digest, "seed": images.seed, "model": bench.model.fingerprint()}
+    if (kind := FIGURES[name].judge) is not None:
+        judge = bench.judges[kind]
+        found |= {"judge": judge.name, "top1": judge.top1, "reference": bench.references}
+    if name == "head":
+        data = {"dataset": bench.data.dataset, "val_limit": bench.data.val_limit, **bench.data.reading()}
+        found |= {"backbone": bench.head, **data, **head_settings(bench.model)}
+    return found
+
+
+def measured(bench: Bench, config: QualityConfig, rows: Rows) -> list[dict]:
     """The figures of every kind of images for every seed, from disk where they are there."""
-    common = {"model": bench.model.fingerprint(), "judges": asdict(judges), **asdict(bench.data)}
-    common |= {"judged": {name: judge.top1 for name, judge in bench.judges.items()}, "reference": bench.references}
     found = []
     for name, give in list(kinds(bench, config)):
         for seed in config.seeds:
             images = Images(name, give(seed), bench.model, seed)
             values = {}
-            for key, figure in FIGURES.items():
-                if key == "head" and config.head is None:
-                    continue
-                extra = {"backbone": config.head, **head_settings(bench.model)} if key == "head" else {}
-                cell = {"figure": key, "images": images.digest, "seed": seed, **common, **extra}
-                row = rows.find(cell, {"value": float | None})
+            for key, figure in chosen_figures(config, bench.model, bench.data).items():
+                wanted = cell(bench, images, key)
+                row = rows.find(wanted, {"value": float | None})
                 if row is None:
                     value = figure.measure(bench, images)
-                    row = rows.add(
-                        cell, {"name": name, "figure": key, "value": value if math.isfinite(value) else None}
-                    )
+                    value = value if math.isfinite(value) else None
+                    row = rows.add(wanted, {"name": name, "figure": key, "value": value})
                 values[key] = row["value"]
-            print(
-                f"{name}, seed {seed}: " + ", ".join(f"{key} {shown(value)}" for key, value in values.items()),
-                flush=True,
-            )
+            told = ", ".join(f"{key} {shown(value)}" for key, value in values.items())
+            print(f"{name}, seed {seed}: {told}", flush=True)
             found.append({"images": name, "seed": seed, "count": len(images.labels), **values})
     return found
 
@@ -439,9 +466,11 @@ def summary(rows: Sequence[dict]) -> list[dict]:
 
 def goodness(lines: Sequence[dict], key: str) -> list[float]:
     """A figure of pools, in their order, the higher the better."""
-    best, real = FIGURES[key].best, next(line[key] for line in lines if line["images"] == "real")
-    turned = {"high": lambda value: value, "low": lambda value: -value, "real": lambda value: -abs(value - real)}[best]
-    return [turned(line[key]) for line in lines if line["images"] not in ("real", "noise")]
+    values = [line[key] for line in lines if line["images"] not in REFERENCES]
+    if FIGURES[key].best == "real":
+        real = next(line[key] for line in lines if line["images"] == "real")
+        return [-abs(value - real) for value in values]
+    return values if FIGURES[key].best == "high" else [-value for value in values]
 
 
 def correlations(lines: Sequence[dict]) -> list[dict]:
@@ -449,10 +478,10 @@ def correlations(lines: Sequence[dict]) -> list[dict]:
 
     Nothing for fewer than three pools; None where a figure is the same for all.
     """
-    if len(lines) < 5:
-        return []
     known = [key for key in FIGURES if all(line.get(key) is not None for line in lines)]
     real, free = ([key for key in known if FIGURES[key].real == wanted] for wanted in (True, False))
+    if not real or len([line for line in lines if line["images"] not in REFERENCES]) < 3:
+        return []
     found = []
     for key in free:
         ours = goodness(lines, key)
@@ -487,7 +516,7 @@ def tables(lines: Sequence[dict], ranks: Sequence[dict], judges: Mapping[str, Ju
     """Header and rows of the judges, of the figures, and of the rank correlations where there are some."""
     known = [key for key in FIGURES if key in lines[0]]
     of_judges = [[name, f"{j.top1:.2f}", j.test_images, f"{j.seconds:.0f}"] for name, j in judges.items()]
-    found = [(["judge", "top-1 %", "test images", "trained in s"], of_judges)]
+    found = [(["judge", "top-1 %", "test images", "trained in s"], of_judges)] if judges else []
     rows = [[line["images"], line["count"], *(shown(line[k], line[f"{k}_std"]) for k in known)] for line in lines]
     found.append((["images", "N", *known], rows))
     if ranks:
@@ -506,7 +535,9 @@ def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 def write_page(path: Path, found: Sequence[tuple[list, list]]) -> None:
     """The tables, and what their columns are."""
-    about = [f"- `{key}`: {figure.about}" for key, figure in FIGURES.items() if key in found[1][0]]
+    about = [
+        f"- `{key}`: {figure.about}" for key, figure in FIGURES.items() if any(key in header for header, _ in found)
+    ]
     text = "\n\n".join([*(markdown(*one) for one in found), "\n".join(about)])
     with atomic(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -528,8 +559,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     model = load_model(of_model)
     for name, pool in config.named_pools():  # before judges are trained
         pool_images(name, pool, config.num_images, model)
-    bench = Bench(model, data, judges(model, data, trained, folder), config.head)
-    found = measured(bench, config, rows, trained)
+    asked = {figure.judge for figure in chosen_figures(config, model, data).values()} - {None}
+    bench = Bench(model, data, judges(model, data, trained, folder, asked), config.head)
+    found = measured(bench, config, rows)
     lines = summary(found)
     ranks = correlations(lines)
     told = tables(lines, ranks, bench.judges)

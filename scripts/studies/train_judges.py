@@ -19,7 +19,7 @@ exit_on_interrupt(__name__)
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,8 +139,13 @@ KINDS: dict[str, Kind] = {"cnn": Kind(residual_cnn, 10, 4e-3), "vit": Kind(overl
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained judge: `top1` in percent on `test_images` real ones, and the `seconds` that its training took."""
+    """A trained judge.
 
+    `name`: tells it from all others, by all that it depends on. `top1`: in percent, on `test_images` real ones.
+    `seconds`: of its training.
+    """
+
+    name: str
     net: nn.Module
     top1: float
     test_images: int
@@ -214,26 +219,27 @@ def augmented(pixels: Tensor, flip: bool) -> Tensor:
     return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 
-def judges(model: LoadedModel, data: DataConfig, config: JudgeConfig, folder: Path) -> dict[str, Judge]:
-    """A judge of every kind, by its name; what `folder` has not got is trained.
+def judges(
+    model: LoadedModel, data: DataConfig, config: JudgeConfig, folder: Path, only: Collection[str] = tuple(KINDS)
+) -> dict[str, Judge]:
+    """Judges by their kind; what `folder` has not got is trained.
 
     Args:
         model: the teacher, of which only the preprocessing and the classes are used.
         data: the real images.
-        config: how.
-        folder: where judges are kept.
+        config: how they are trained.
+        folder: where they are kept.
+        only: the kinds that are wanted.
     """
-    images = None
-    found = {}
-    for name, kind in KINDS.items():
-        training = Training(name, kind, model, data, config, folder)
-        if not training.finished and images is None:
-            print("reading real images", flush=True)
-            images = real_images(model, data, "train", config.images), real_images(model, data, "test", data.val_limit)
-        if not training.finished:
+    trainings = {
+        name: Training(name, kind, model, data, config, folder) for name, kind in KINDS.items() if name in only
+    }
+    if missing := [training for training in trainings.values() if not training.finished]:
+        print("reading real images", flush=True)
+        images = real_images(model, data, "train", config.images), real_images(model, data, "test")
+        for training in missing:
             training.run(*images)
-        found[name] = training.judge()
-    return found
+    return {name: training.judge() for name, training in trainings.items()}
 
 
 class Training:
@@ -248,16 +254,9 @@ class Training:
         self.epochs = config.epochs or round(kind.epochs * max(1, FEW_IMAGES / count))
         shape = {key: value for key, value in asdict(model.preprocessing).items() if key not in ("mean", "std")}
         where = None if data.dataset is None else str(user_path(data.dataset, "--dataset").resolve())
-        asked = asdict(replace(config, epochs=self.epochs))
-        self.settings = json.loads(
-            json.dumps(
-                asked
-                | {"judge": name, "dataset": where, "train_images": count, "test": data.val_limit}
-                | data.reading()
-                | {"classes": model.classes}
-                | shape
-            )
-        )
+        asked = asdict(replace(config, epochs=self.epochs)) | {"judge": name, "dataset": where, "train_images": count}
+        depends_on = asked | data.reading() | {"classes": model.classes} | shape
+        self.settings = json.loads(json.dumps(depends_on))  # as the file has them
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:10]
         self.file = folder / f"{name}-{digest}.pt"
         torch.manual_seed(self.seed)
@@ -276,7 +275,7 @@ class Training:
 
     def judge(self) -> Judge:
         """The judge, when it is `finished`."""
-        return Judge(self.net.eval(), *(self.state[key] for key in ("top1", "test_images", "seconds")))
+        return Judge(self.file.stem, self.net.eval(), *(self.state[key] for key in ("top1", "test_images", "seconds")))
 
     def run(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
         """Train it on bytes and labels from where it stands, one epoch after another, and test it."""
@@ -301,7 +300,7 @@ class Training:
             }
             further = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             write_state(self.file, self.state | further | {"random": torch.get_rng_state()})
-        tested = Judge(self.net.eval(), 0.0, 0, 0.0).logits(test[0].float().div(255)).argmax(1) == test[1]
+        tested = Judge(self.name, self.net.eval(), 0.0, 0, 0.0).logits(test[0].float().div(255)).argmax(1) == test[1]
         self.state = {key: self.state[key] for key in ("settings", "epochs", "seconds", "net")}
         self.state |= {"top1": 100 * tested.float().mean().item(), "test_images": len(tested)}
         write_state(self.file, self.state)
