@@ -71,5 +71,5 @@ def _spectral(*args) -> Canvas:
 
 CANVASES: dict[str, CanvasKind] = {
     "pixels": CanvasKind(_pixels, spread=1.0, lr=0.25, lr_schedule="constant", init="white", shows_stopped=False),
-    "spectral": CanvasKind(_spectral, spread=1.0, lr=0.1, lr_schedule="cosine", init="pink", shows_stopped=True),
+    "spectral": CanvasKind(_spectral, spread=1.0, lr=0.3, lr_schedule="cosine", init="pink", shows_stopped=True),
 }

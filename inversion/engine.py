@@ -235,7 +235,11 @@ class Inverter:
         # Images of one trajectory stand together, so that labels stay sorted.
         pixels, positions = (torch.stack(parts, dim=1).flatten(0, 1).cpu() for parts in zip(*finished, strict=True))
         images = SparseImages(pixels, positions, labels.repeat_interleave(len(finished)))
-        rest = SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels) if stopped else None
+        rest = (
+            SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels)
+            if stopped
+            else None
+        )
         return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots), rest)
 
     def _noise(self, trajectories: int, generator: torch.Generator) -> Canvas:
@@ -345,9 +349,7 @@ class Inverter:
         canvas.settle()
 
     @torch.no_grad()
-    def _split(
-        self, canvas: Canvas, targets: Tensor, keep: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _split(self, canvas: Canvas, targets: Tensor, keep: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which patches of each image go on, (B, keep), and which stop, as indices among those that are left."""
         importance = IMPORTANCES[self.config.importance](self.vit, canvas.patches(), targets)
         kept = self.strategy.keep(importance.float(), keep, generator)
@@ -419,7 +421,13 @@ def require_memory_for(
     each = trajectory_bytes(vit, config, device) // images
     # An iteration leaves its draws and its loss.
     numbers = config.copies * len(Views(config.views, vit.grid, torch.device("cpu")).others)
-    require_memory(config.iterations, 200 + 24 * numbers * config.batch_size, torch.device("cpu"), "an inversion so long", "--iterations")
+    require_memory(
+        config.iterations,
+        200 + 24 * numbers * config.batch_size,
+        torch.device("cpu"),
+        "an inversion so long",
+        "--iterations",
+    )
     require_memory(config.batch_size, each, device, "an inversion batch", flag)
 
 

@@ -54,9 +54,10 @@ class SpectralCanvas:
 
     def patches(self) -> PatchCanvas:
         """The kept patches as they are now; their gradient flows to the coefficients."""
-        pixels = self.grid.patchify(self._raw())
-        if self.positions.shape[1] < self.grid.count:
-            pixels = pixels[self.index, self.positions]
+        if self.plain:
+            pixels = self.grid.patchify(self._raw())[self.index, self.positions]
+        else:
+            pixels = _Kept.apply(self._raw(), self.positions, self.grid)
         black, white = self.limits
         pixels = black + (white - black) * pixels.sigmoid()
         return PatchCanvas(self.grid, pixels, self.positions, self.plain, self.neighbours)
@@ -89,7 +90,27 @@ class SpectralCanvas:
 
     def _raw(self) -> Tensor:
         """What goes into the sigmoid: (B, C, H, W)."""
-        return torch.fft.irfft2(torch.view_as_complex(self.parameter) * self.scale, s=self.grid.image_size, norm="ortho")
+        return torch.fft.irfft2(
+            torch.view_as_complex(self.parameter) * self.scale, s=self.grid.image_size, norm="ortho"
+        )
+
+
+class _Kept(torch.autograd.Function):
+    """Patches (B, n, C, h, w) at positions (B, n) of images (B, C, H, W). None is there twice, so the gradient is too."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, positions: Tensor, grid: PatchGrid) -> Tensor:
+        ctx.positions, ctx.grid = positions, grid
+        batch, count = positions.shape
+        if count == grid.count:
+            return grid.patchify(images)
+        split = images.view(batch, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
+        rows = torch.arange(batch, device=images.device)[:, None]
+        return split.permute(0, 2, 4, 1, 3, 5)[rows, positions // grid.cols, positions % grid.cols]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.grid.unpatchify(grad, ctx.positions), None, None
 
 
 @functools.lru_cache(maxsize=8)

@@ -116,18 +116,14 @@ class Crop(View):
 
     def __call__(self, patches, positions, u, grid, plain):
         side = (self.area + (1 - self.area) * u[:, 0]).sqrt()
+        chosen = everywhere = grid.all_positions(len(positions), positions.device)
         if positions.shape[1] < grid.count:
             side, chosen = self._roomy(side, positions, u, grid)
-        else:
-            chosen = grid.all_positions(len(positions), positions.device)
         exact = torch.promote_types(patches.dtype, torch.float32)
-        image, side = grid.unpatchify(patches.to(exact), positions), side.to(exact)
-        lines = [
-            _lines(side, place.to(exact), count, size)
-            for place, count, size in zip(u[:, 1:].unbind(1), (grid.rows, grid.cols), (grid.height, grid.width), strict=True)
-        ]
-        read = _by_weights if plain or patches.device.type != "cpu" else _by_points
-        return read(image, *lines, chosen, grid).to(patches.dtype), chosen
+        sizes = (grid.rows, grid.height), (grid.cols, grid.width)
+        lines = [_lines(side, place, *size, exact) for place, size in zip(u[:, 1:].unbind(1), sizes, strict=True)]
+        by_weights = plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact)
+        return (_by_weights if by_weights else _by_points)(patches, positions, *lines, chosen, grid), chosen
 
     @staticmethod
     def _roomy(side: Tensor, positions: Tensor, u: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
@@ -263,7 +259,9 @@ class Views:
         from inversion.canvas import draw_jitters
 
         jitters = draw_jitters(count, self.grid, generator, self.flip, 0.0 if self.roll is None else self.roll.share)
-        numbers = torch.rand(count, batch, self.numbers, generator=generator) if self.numbers else torch.zeros(1, batch, 0)
+        numbers = (
+            torch.rand(count, batch, self.numbers, generator=generator) if self.numbers else torch.zeros(1, batch, 0)
+        )
         return [Draw(*pair) for pair in zip(jitters, numbers.expand(count, -1, -1), strict=True)]
 
     def look(self, canvas: PatchCanvas, draw: Draw, dtype: torch.dtype) -> Seen:
@@ -302,34 +300,47 @@ def _overlaps(side: Tensor, place: Tensor, count: int) -> Tensor:
     return (end - torch.maximum(start[..., None], index.to(start))).clamp(min=0)
 
 
-def _lines(side: Tensor, place: Tensor, count: int, size: int) -> Tensor:
+def _lines(side: Tensor, place: Tensor, count: int, size: int, dtype: torch.dtype) -> Tensor:
     """Where a crop reads its lines along one axis of `count` patches of `size` px: (B, count * size), in pixels."""
-    length = count * size
+    length, side, place = count * size, side.to(dtype), place.to(dtype)
     line = torch.arange(length, device=side.device) + 0.5
     read = ((1 - side) * place * length)[:, None] + line * side[:, None] - 0.5
     return read.clamp(0, length - 1)
 
 
-def _by_weights(image: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid) -> Tensor:
-    """Bilinear samples as two products: (B, n, C, h, w) of an image (B, C, H, W), read at `rows` (B, H), `cols` (B, W).
+def _by_weights(
+    patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid
+) -> Tensor:
+    """Bilinear samples (B, n, C, h, w) at the `chosen` positions, of lines `rows` (B, H) and `cols` (B, W), as products.
 
     Its gradient is a product as well, and so the same every time on a GPU.
     """
+    image = grid.unpatchify(patches, positions)
+    (batch, channels), (height, width) = image.shape[:2], grid.image_size
     down, right = (
-        (1 - (lines[:, :, None] - torch.arange(size, device=lines.device)).abs()).clamp(min=0)[:, None]
-        for lines, size in ((rows, image.shape[-2]), (cols, image.shape[-1]))
+        (1 - (lines[:, :, None] - torch.arange(size, device=lines.device)).abs()).clamp(min=0).to(image.dtype)
+        for lines, size in ((rows, height), (cols, width))
     )
-    patches = grid.patchify(down @ image @ right.transpose(-2, -1))
-    return patches[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
+    stretched = down @ image.transpose(1, 2).reshape(batch, height, channels * width)
+    read = (stretched.view(batch, height * channels, width) @ right.transpose(1, 2)).view(
+        batch, height, channels, width
+    )
+    found = grid.patchify(read.transpose(1, 2))
+    if chosen.shape[1] == grid.count:
+        return found
+    return found[torch.arange(batch, device=chosen.device)[:, None], chosen]
 
 
-def _by_points(image: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid) -> Tensor:
+def _by_points(
+    patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid
+) -> Tensor:
     """As `_by_weights`, at the chosen positions alone."""
     batch, count = chosen.shape
     (height, width), index = grid.image_size, torch.arange(batch, device=chosen.device)[:, None]
     y = rows.view(batch, grid.rows, -1)[index, chosen // grid.cols] * (2 / height) + (1 / height - 1)
     x = cols.view(batch, grid.cols, -1)[index, chosen % grid.cols] * (2 / width) + (1 / width - 1)
     shape = batch, count, grid.height, grid.width
-    points = torch.stack([x[:, :, None].expand(shape), y[..., None].expand(shape)], dim=-1)
-    sampled = F.grid_sample(image, points.flatten(1, 2), padding_mode="border", align_corners=False)
-    return sampled.view(batch, -1, count, grid.height, grid.width).transpose(1, 2)
+    points = torch.stack([x[:, :, None].expand(shape), y[..., None].expand(shape)], dim=-1).flatten(1, 2)
+    image = grid.unpatchify(patches.to(points.dtype), positions)
+    sampled = F.grid_sample(image, points, padding_mode="border", align_corners=False)
+    return sampled.view(batch, -1, count, grid.height, grid.width).transpose(1, 2).to(patches.dtype)

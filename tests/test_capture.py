@@ -142,7 +142,9 @@ def test_a_recording_that_reads_something_stale_is_found_and_left_alone(model, s
             with torch.no_grad():
                 canvas.pixels.copy_(early[canvas.pixels.shape])
         if stale == "jitter":
-            draws = (Draw(Jitter(*draws[0, :2].long().tolist(), bool(draws[0, 2])), torch.zeros(len(canvas.positions), 0)),)
+            draws = (
+                Draw(Jitter(*draws[0, :2].long().tolist(), bool(draws[0, 2])), torch.zeros(len(canvas.positions), 0)),
+            )
         if stale != "learning rate":
             return step(self, canvas, optimizer, targets, draws)
         group = optimizer.param_groups[0]

@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from inversion import InversionConfig, Inverter
-from inversion.canvas import Jitter, PatchCanvas, draw_jitters
+from inversion.canvas import Jitter, draw_jitters
+from inversion.canvases import CANVASES
+from inversion.config import DEFAULT_VIEWS, DEFAULT_WEIGHTS
 from inversion.capture import EAGER_STEPS
 from inversion.schedule import Stage
 from inversion.targets import distributions
@@ -118,12 +120,11 @@ class Engine:
         positions: torch.Tensor,
         eager: bool = False,
     ):
-        self.inverter = Inverter(model, config, device, eager=eager)
-        grid = self.inverter.vit.grid
-        generator = torch.Generator().manual_seed(0)
+        self.inverter = inverter = Inverter(model, config, device, eager=eager)
+        self.generator = generator = torch.Generator().manual_seed(0)
         images = torch.randn(config.batch_size, *model.preprocessing.input_size, generator=generator).to(device)
-        rows = torch.arange(config.batch_size, device=device)[:, None]
-        self.canvas = PatchCanvas(grid, grid.patchify(images)[rows, positions], positions, self.inverter.plain)
+        start = CANVASES[config.canvas].start
+        self.canvas = start(inverter.vit.grid, images, inverter.limits, inverter.plain, None).with_patches(positions)
         labels = torch.randint(model.classes, (config.batch_size,), generator=generator)
         targets = distributions(labels, model.classes, config.soft_label).to(device)
         self.inverter.begin(0, generator)
@@ -131,8 +132,10 @@ class Engine:
         self.flops = config.batch_size * self.inverter.vit.step_flops(positions.shape[1])
 
     def step(self, jitter: Jitter) -> torch.Tensor:
-        """Forward, backward, update."""
-        return self.run(self.inverter.on_device([jitter])[0])
+        """Forward, backward, update; what other views than roll and flip draw is drawn here."""
+        views, config = self.inverter.views, self.inverter.config
+        drawn = views.draws(config.copies, config.batch_size, self.generator)
+        return self.run(self.inverter.on_device([draw._replace(jitter=jitter) for draw in drawn])[0])
 
 
 def parser() -> Parser:
@@ -322,12 +325,20 @@ def make_rows(
     rows = []
     for stage in stages:
         positions = random_positions(grid, config.batch_size, stage.patches, device)
-        for name, kind, dtype in (("reference", Reference, "float32"), ("engine", Engine, config.dtype)):
-            rows.append(Row(name, stage.patches, partial(kind, model, config, device, positions), peaks[dtype]))
+        kinds = [("reference", Reference, config, "float32"), ("engine", Engine, config, config.dtype)]
+        if usual(config) != config:
+            kinds.append(("usual engine", Engine, usual(config), config.dtype))
+        for name, kind, settings, dtype in kinds:
+            rows.append(Row(name, stage.patches, partial(kind, model, settings, device, positions), peaks[dtype]))
         if backend is not None and stage is stages[0]:
             make = partial(Reference, model, config, device, positions, backend)
             rows.append(Row("compiled", stage.patches, make, peaks[config.dtype]))
     return rows
+
+
+def usual(config: InversionConfig) -> InversionConfig:
+    """The same inversion of pixels, with the published loss and views: what views and canvas cost is held against it."""
+    return replace(config, canvas="pixels", views=DEFAULT_VIEWS, copies=1, weights=DEFAULT_WEIGHTS)
 
 
 def seconds_of(rows: list[Row], name: str, patches: int) -> float:
@@ -352,6 +363,14 @@ def speedups(rows: list[Row], stages: tuple[Stage, ...]) -> dict[str, float]:
         "schedule_vs_engine_dense": iterations
         * seconds_of(rows, "engine", dense)
         / schedule_seconds(rows, "engine", stages),
+        **(
+            {
+                f"usual_vs_engine_{name}": seconds_of(rows, "usual engine", count) / seconds_of(rows, "engine", count)
+                for name, count in (("dense", dense), ("final_stage", final))
+            }
+            if any(row.name == "usual engine" for row in rows)
+            else {}
+        ),
         **({"dense_vs_compiled": compiled[0] / seconds_of(rows, "engine", dense)} if compiled else {}),
     }
 
