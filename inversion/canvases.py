@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from inversion.canvas import PatchCanvas
-    from models import PatchGrid
 
 
 class Canvas(Protocol):

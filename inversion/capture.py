@@ -71,8 +71,8 @@ class CapturedStep:
     it does, goes on as it is, after one note.
 
     Args:
-        step: one iteration; takes a tensor of draws on the device, returns the loss, and waits for nothing. What changes
-            between iterations it must read from the draws, or from tensors that it updates in place.
+        step: one iteration; takes a tensor of draws on the device, returns the loss, and waits for nothing. What
+            changes between iterations it must read from the draws, or from tensors that it updates in place.
         state: these tensors, the optimized one first.
         dtype: what products are computed in; it says how far a replay may be from the step.
         recorder: records it.

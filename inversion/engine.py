@@ -20,8 +20,8 @@ from inversion.canvases import CANVASES, Canvas
 from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import InversionConfig
 from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
-from inversion.priors import Context, LossInputs
 from inversion.inits import INITS
+from inversion.priors import Context, LossInputs
 from inversion.projections import Projection, parse_projection
 from inversion.schedule import Stage
 from inversion.self_check import fast_paths_agree, verdict
@@ -64,15 +64,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class InvertedBatch:
-    """A finished batch, on the CPU, its loss at every iteration (iterations,), and the snapshots asked for.
-
-    `stopped`: the other patches as they were when they stopped, where pictures show them.
-    """
+    """A finished batch, on the CPU, its loss at every iteration (iterations,), and the snapshots asked for."""
 
     images: SparseImages
     losses: Tensor
     snapshots: tuple[Snapshot, ...] = ()
-    stopped: SparseImages | None = None
 
 
 @dataclass(frozen=True)
@@ -234,13 +230,11 @@ class Inverter:
             snapshots.append(self._snapshot(config.iterations, canvas))
         # Images of one trajectory stand together, so that labels stay sorted.
         pixels, positions = (torch.stack(parts, dim=1).flatten(0, 1).cpu() for parts in zip(*finished, strict=True))
-        images = SparseImages(pixels, positions, labels.repeat_interleave(len(finished)))
-        rest = (
-            SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels)
-            if stopped
-            else None
-        )
-        return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots), rest)
+        of_each = labels.repeat_interleave(len(finished))
+        if stopped:
+            stopped = SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels)
+        images = SparseImages(pixels, positions, of_each, stopped or None)
+        return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots))
 
     def _noise(self, trajectories: int, generator: torch.Generator) -> Canvas:
         """A canvas of noise; drawn on the CPU so that a seed means the same on every device."""

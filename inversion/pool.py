@@ -29,6 +29,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from inversion.config import InversionConfig
 from inversion.engine import InvertedBatch, Snapshot
+from inversion.strategies import others as others_of
 from models import LoadedModel, SparseImages
 from models.registry import short_name
 from utils.checkpoint import read_state, write_state
@@ -119,7 +120,7 @@ class ImagePool:
 
         `just_before` is called between the two: for what has to be there of every batch that counts.
         """
-        images = inverted.images if inverted.stopped is None else inverted.images.with_more(inverted.stopped)
+        images = inverted.images.shown()
         pixels = self.model.preprocessing.denormalize(images.patches).clamp(0, 1)
         for index, (image, label) in enumerate(
             zip(self.grid.unpatchify(pixels, images.positions), images.labels.tolist(), strict=True)
@@ -148,14 +149,7 @@ class ImagePool:
         Raises:
             UserError: an image or a record that is missing or damaged.
         """
-        return self._read(count, first, pictured=False)
-
-    def pictured(self, count: int, first: int = 0) -> SparseImages:
-        """As `read`, with the stopped patches where pictures show them: whole images then. Raises as `read`."""
-        return self._read(count, first, pictured=self.config.shows_stopped)
-
-    def _read(self, count: int, first: int, pictured: bool) -> SparseImages:
-        patches, positions, labels = [], [], []
+        found: list[SparseImages] = []
         skipped = first // self.config.batch_size * self.config.batch_size
         for record in self._records(count, first):
             files = [
@@ -164,16 +158,16 @@ class ImagePool:
             ]
             images = torch.stack([pil_to_tensor(self._image(file)) for file in files])
             kept = torch.tensor(record["kept_positions"])
-            if not self.config.shows_stopped:
+            labels, stopped = torch.tensor(record["labels"]), None
+            patches = self.grid.patchify(self.model.preprocessing.normalize(images / 255))
+            rows = torch.arange(len(kept))[:, None]
+            if self.config.shows_stopped:
+                others = others_of(kept, self.grid.count)
+                stopped = SparseImages(patches[rows, others], others, labels)
+            else:
                 self._require_black(images, kept, files)
-            if pictured:
-                kept = self.grid.all_positions(len(kept))
-            normalized = self.model.preprocessing.normalize(images / 255)
-            patches.append(self.grid.patchify(normalized)[torch.arange(len(kept))[:, None], kept])
-            positions.append(kept)
-            labels.append(torch.tensor(record["labels"]))
-        wanted = slice(first - skipped, count - skipped)
-        return SparseImages(*(torch.cat(parts)[wanted] for parts in (patches, positions, labels)))
+            found.append(SparseImages(patches[rows, kept], kept, labels, stopped))
+        return SparseImages.of_parts(found).at(slice(first - skipped, count - skipped))
 
     def before(self, batch: int) -> SparseImages | None:
         """The images of all batches before number `batch`, None before the first."""

@@ -11,8 +11,6 @@ from utils.errors import UserError
 from utils.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from inversion.canvas import PatchCanvas
 
 

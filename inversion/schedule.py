@@ -10,7 +10,6 @@ from fractions import Fraction
 
 from utils.errors import UserError
 
-
 GROWTHS = 7
 """Phases in which an image grows from a quarter of its sides to all of them, by an eighth (Plug-In Inversion)."""
 
@@ -19,7 +18,7 @@ GROWTHS = 7
 class Stage:
     """Iterations `start` .. `stop - 1`, run with `patches` patches per image.
 
-    `begins`: positions of the patches that begin with it; in the first stage all that there are, `()` for the whole grid.
+    `begins`: positions of the patches that begin with it; in the first stage all that there are, `()`: the whole grid.
     """
 
     start: int

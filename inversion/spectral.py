@@ -96,7 +96,7 @@ class SpectralCanvas:
 
 
 class _Kept(torch.autograd.Function):
-    """Patches (B, n, C, h, w) at positions (B, n) of images (B, C, H, W). None is there twice, so the gradient is too."""
+    """Patches (B, n, C, h, w) at positions (B, n), none twice, of images (B, C, H, W); gradients are put back there."""
 
     @staticmethod
     def forward(ctx, images: Tensor, positions: Tensor, grid: PatchGrid) -> Tensor:

@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The chance of one look at a batch: a `jitter` for all of it, and `numbers` (B, k) in [0, 1) of the other views."""
+    """The chance of one look at a batch: a `jitter` for all of it, `numbers` (B, k) in [0, 1) of the other views."""
 
     jitter: Jitter
     numbers: Tensor
@@ -147,7 +147,7 @@ class Crop(View):
 class Colour(View):
     """Each channel becomes x * s + m, s = exp(uniform in [-`scale`, `scale`]), m uniform in [-`shift`, `shift`].
 
-    The colour shift of Plug-In Inversion (Ghiasi et al., ICML 2022), whose `scale` and `shift` are 1; normalized pixels.
+    The colour shift of Plug-In Inversion (Ghiasi et al., ICML 2022), where both settings are 1; normalized pixels.
     """
 
     scale: float = 0.5
@@ -311,7 +311,7 @@ def _lines(side: Tensor, place: Tensor, count: int, size: int, dtype: torch.dtyp
 def _by_weights(
     patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid
 ) -> Tensor:
-    """Bilinear samples (B, n, C, h, w) at the `chosen` positions, of lines `rows` (B, H) and `cols` (B, W), as products.
+    """Bilinear samples (B, n, C, h, w) at `chosen` positions, of lines `rows` (B, H) and `cols` (B, W), by products.
 
     Its gradient is a product as well, and so the same every time on a GPU.
     """

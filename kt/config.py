@@ -46,6 +46,7 @@ class DistillConfig:
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
     temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
     augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
+    fill: bool = setting(False, "feed whole images; stopped patches as pools show them, else their nearest")
     seed: int = 42
 
     def __post_init__(self) -> None:

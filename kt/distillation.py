@@ -104,6 +104,7 @@ class Distiller:
     def _step(self, images: SparseImages) -> Tensor:
         # Every rank draws the whole batch, from the same random numbers, and takes its part.
         batch = drawn(images, self.config.batch_size, self.generator)
+        batch = batch.filled(self.teacher.grid) if self.config.fill else batch
         batch = augmented(batch, self.student.grid, self.config.augment, self.generator)
         batch = batch.at(slice(rank(), None, ranks()))
         if self.config.lr_schedule == "cosine":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,12 +67,14 @@ class PatchGrid:
 class SparseImages:
     """Images of which only some patches are left: what calibration and distillation are fed.
 
-    `patches` (B, n, C, height, width) normalized, `positions` (B, n) int64, `labels` (B,) int64.
+    `patches` (B, n, C, height, width) normalized, `positions` (B, n) int64, `labels` (B,) int64. `stopped`: the other
+    patches where pictures show them; they are fed to nothing but as what `filled` fills in.
     """
 
     patches: Tensor
     positions: Tensor
     labels: Tensor
+    stopped: SparseImages | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,26 +84,38 @@ class SparseImages:
         """Whole images (B, C, H, W) with all their patches."""
         return cls(grid.patchify(images), grid.all_positions(len(images)), labels)
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[SparseImages]) -> SparseImages:
+        """The images of all parts, one after another; all keep as many patches."""
+        fields = ([getattr(part, key) for part in parts] for key in ("patches", "positions", "labels"))
+        stopped = [part.stopped for part in parts]
+        return cls(*map(torch.cat, fields), None if None in stopped else cls.of_parts(stopped))
+
     def joined(self, others: SparseImages) -> SparseImages:
         """These images and, after them, others that keep as many patches."""
-        pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions", "labels"))
-        return SparseImages(*(torch.cat(pair) for pair in pairs))
+        return SparseImages.of_parts([self, others])
 
-    def with_more(self, others: SparseImages) -> SparseImages:
-        """The same images with the patches that `others` have of each at other positions."""
-        pairs = ((getattr(self, key), getattr(others, key)) for key in ("patches", "positions"))
+    def shown(self) -> SparseImages:
+        """The images as pictures have them: with the stopped patches where these are shown, behind the others."""
+        if self.stopped is None:
+            return self
+        pairs = ((getattr(self, key), getattr(self.stopped, key)) for key in ("patches", "positions"))
         return SparseImages(*(torch.cat(pair, dim=1) for pair in pairs), self.labels)
 
     def at(self, index: Tensor | slice) -> SparseImages:
         """The images at `index`."""
-        return SparseImages(self.patches[index], self.positions[index], self.labels[index])
+        stopped = None if self.stopped is None else self.stopped.at(index)
+        return SparseImages(self.patches[index], self.positions[index], self.labels[index], stopped)
 
     def last(self, count: int) -> SparseImages:
         """The last `count` images, all of them if there are no more."""
         return self.at(slice(max(len(self) - count, 0), None))
 
     def filled(self, grid: PatchGrid) -> SparseImages:
-        """Full grids: every place that has no patch gets a copy of the nearest kept one of the same image."""
+        """Full grids: a place without a kept patch gets the stopped one, or a copy of the nearest of the same image."""
+        shown = self.shown()
+        if shown.positions.shape[1] == grid.count:
+            return SparseImages.whole(grid, grid.unpatchify(shown.patches, shown.positions), self.labels)
         everywhere = grid.all_positions(len(self), self.positions.device)
         rows, cols = (
             (everywhere[:, :, None] // grid.cols - self.positions[:, None] // grid.cols),
@@ -112,5 +127,4 @@ class SparseImages:
 
     def batches(self, size: int) -> list[SparseImages]:
         """The same images in batches of at most `size`."""
-        parts = zip(self.patches.split(size), self.positions.split(size), self.labels.split(size), strict=True)
-        return [SparseImages(*part) for part in parts]
+        return [self.at(slice(first, first + size)) for first in range(0, len(self), size)]

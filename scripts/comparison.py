@@ -189,7 +189,8 @@ def costs(cost: SynthesisReport, images: int) -> dict[str, object]:
 
 
 def shown_images(model: LoadedModel, images: SparseImages) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) in [0, 1], stopped patches black, and their labels (B,)."""
+    """Images (B, C, H, W) in [0, 1] as pictures have them, and their labels (B,)."""
+    images = images.shown()
     return model.grid.unpatchify(model.preprocessing.denormalize(images.patches), images.positions), images.labels
 
 

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import inversion.capture
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter
-from inversion.engine import COPIES, REFRESH, LossLog, changing
 from inversion.config import DEFAULT_VIEWS
+from inversion.engine import COPIES, REFRESH, LossLog, changing
 from inversion.self_check import verdict
 from inversion.views import Draw
 from kt import DistillConfig, Distiller

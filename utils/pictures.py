@@ -39,8 +39,8 @@ def save_image_grid(path: Path, images: Tensor, columns: int = 8) -> None:
 
 
 def save_images(path: Path, images: SparseImages, model: LoadedModel) -> None:
-    """Up to 64 images as a model takes them, stopped patches black."""
-    shown = images.batches(64)[0]
+    """Up to 64 images; stopped patches black where pictures do not show them."""
+    shown = images.batches(64)[0].shown()
     pixels = model.preprocessing.denormalize(shown.patches).clamp(0, 1)
     save_image_grid(path, model.grid.unpatchify(pixels, shown.positions))
 

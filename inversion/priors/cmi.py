@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Contrast(Loss):
     """-log (exp(s(x, x+) / T) / sum exp(s(x, x-) / T)), mean over the batch, s the cosine of features.
 
-    x+ is another view of the image: rolled the other way, mirrored if x is not, and so on. The x- are the other images of the
-    batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into the bank.
+    x+ is another view of the image: rolled the other way, mirrored if x is not, and so on. The x- are the other images
+    of the batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into the bank.
     """
 
     def __init__(self, context: Context) -> None:

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, draw_jitters
 from inversion.canvases import CANVASES
-from inversion.config import DEFAULT_VIEWS, DEFAULT_WEIGHTS
 from inversion.capture import EAGER_STEPS
+from inversion.config import DEFAULT_VIEWS, DEFAULT_WEIGHTS
 from inversion.schedule import Stage
 from inversion.targets import distributions
 from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
@@ -337,7 +337,7 @@ def make_rows(
 
 
 def usual(config: InversionConfig) -> InversionConfig:
-    """The same inversion of pixels, with the published loss and views: what views and canvas cost is held against it."""
+    """The same inversion of pixels with the published loss and views, which tells what views and canvas cost."""
     return replace(config, canvas="pixels", views=DEFAULT_VIEWS, copies=1, weights=DEFAULT_WEIGHTS)
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How good are inverted images: by judges that never saw the teacher, and by what is seen without real images.
 
-Every pool beside as many real training images and as much pink noise; stopped patches are filled with their nearest
-neighbours. Finished figures are kept in OUTPUT/rows.jsonl; OUTPUT also gets report.json and the tables, quality.md.
+Every pool beside as many real training images and as much pink noise. Stopped patches are filled: as they were when
+they stopped where the canvas shows them so, else with their nearest neighbours. Finished figures are kept in
+OUTPUT/rows.jsonl; OUTPUT also gets report.json and the tables, quality.md.
 """
 
 from __future__ import annotations
@@ -107,10 +108,15 @@ class Images:
     seed: int
 
     @cached_property
+    def filled(self) -> SparseImages:
+        """With all their patches."""
+        return self.sparse.filled(self.model.grid)
+
+    @cached_property
     def pixels(self) -> Tensor:
         """Filled images (N, 3, H, W) in [0, 1]."""
-        grid, filled = self.model.grid, self.sparse.filled(self.model.grid)
-        return self.model.preprocessing.denormalize(grid.unpatchify(filled.patches, filled.positions)).clamp(0, 1)
+        images = self.model.grid.unpatchify(self.filled.patches, self.filled.positions)
+        return self.model.preprocessing.denormalize(images).clamp(0, 1)
 
     @cached_property
     def seen(self) -> Tensor:
@@ -125,7 +131,7 @@ class Images:
     @cached_property
     def digest(self) -> str:
         """Tells these images from all others."""
-        parts = self.sparse.patches, self.sparse.positions, self.sparse.labels
+        parts = self.filled.patches, self.sparse.positions, self.sparse.labels
         return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
     def generator(self) -> Generator:
@@ -302,12 +308,12 @@ def head(bench: Bench, images: Images) -> float:
     """Top-1 in per cent, on real test images, of a linear head that imitates the teacher on the images.
 
     The backbone is frozen, so its features are computed once for each of `LOOKS` drawn changes of the images, and the
-    head learns from these; kept patches alone are fed.
+    head learns from these.
     """
     backbone, settings = bench.student, head_settings(bench.model)
     generator, features, wanted = images.generator(), [], []
     for _ in range(settings["looks"]):
-        changed = augmented(images.sparse, bench.model.grid, settings["augment"], generator)
+        changed = augmented(images.filled, bench.model.grid, settings["augment"], generator)
         features.append(features_of(backbone, changed))
         wanted.append(logits_of(bench.teacher, changed).softmax(1))
     learnt = fitted_head(torch.cat(features), torch.cat(wanted), images.seed, settings)
