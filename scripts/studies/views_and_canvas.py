@@ -29,7 +29,7 @@ from quant import QuantConfig
 from scripts.comparison import Rows
 from scripts.studies.image_quality import Bench, Images, QualityConfig, cell, chosen_figures, markdown, shown
 from scripts.studies.train_judges import JudgeConfig, judges
-from utils.cli import Parser, add_flags, check_numbers, from_flags, natural, positive, setting, weight
+from utils.cli import Number, Parser, add_flags, check_numbers, from_flags, natural, positive, setting, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype, versions
 from utils.errors import UserError
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 STOPS, RATIO = (0.1, 0.2, 0.3, 0.4), 0.3
 """When patches stop, as shares of the iterations, and how many of them."""
+LENGTH = Number(int, 10, 2**31 - 1, "patches stop at tenths of it")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class GridConfig:
     strategies: tuple[str, ...] = setting(
         ("dense", "smi", "pri"), "strategies", nargs="+", choices=("dense", "smi", "pri")
     )
-    iterations: tuple[int, ...] = setting((30, 100, 300), "lengths", nargs="+", type=positive, metavar="N")
+    iterations: tuple[int, ...] = setting((30, 100, 300), "lengths", nargs="+", type=LENGTH, metavar="N")
     inversions: tuple[int, ...] = setting((0,), "seeds of images", nargs="+", type=natural, metavar="SEED")
     tv2: float = setting(1e-3, "weight of total variation on a canvas of pixels; a spectral one has none", type=weight)
     batch: int = setting(100, "images of an inversion batch", type=positive)
