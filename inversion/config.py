@@ -192,7 +192,7 @@ class InversionConfig:
         if self.strategy != "pri":
             del same["pri_division"]
         # As in pools from before there was a choice.
-        usual = {"init": "white", "canvas": "pixels", "copies": 1}
+        usual = {"canvas": "pixels", "copies": 1} | ({"init": "white"} if self.canvas == "pixels" else {})
         for name in [name for name, value in usual.items() if same[name] == value]:
             del same[name]
         same["views"] = list(self.views)

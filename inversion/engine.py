@@ -23,7 +23,7 @@ from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
 from inversion.inits import INITS
 from inversion.priors import Context, LossInputs
 from inversion.projections import Projection, parse_projection
-from inversion.schedule import Stage
+from inversion.schedule import Stage, ranked
 from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
@@ -114,7 +114,8 @@ class Inverter:
         draw_labels(config.targets, 1, self.vit.num_classes, torch.Generator())  # refuses what is no class
         self.strategy = config.strategy_object()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid)
-        if len(self.stages) > 1 and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
+        self.ranked = ranked(self.stages, self.vit.grid.count)
+        if self.ranked and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
             raise UserError(
                 f"{model.name} has no class token, so --importance {config.importance} cannot rank its patches; "
                 "give --importance all or gradient, or --strategy dense"
@@ -273,13 +274,13 @@ class Inverter:
     def step_flops(self) -> list[int]:
         """Floating-point operations of one iteration of one batch, for each stage."""
         models = [self.vit, *(vit for _, loss in self.losses for vit in loss.runs)]
-        return [self.trajectories * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
+        looks = self.trajectories * self.config.copies
+        return [looks * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
 
     def total_flops(self) -> int:
         """Floating-point operations of one batch, the forward passes that rank the patches included."""
         steps = sum(stage.iterations * flops for stage, flops in zip(self.stages, self.step_flops(), strict=True))
-        ranked = sum(self.vit.forward_flops(stage.patches) for stage in self.stages[:-1])
-        return steps + self.trajectories * ranked
+        return steps + self.trajectories * sum(map(self.vit.forward_flops, self.ranked))
 
     def on_device(self, draws: list[Draw]) -> list[tuple[Draw, ...]] | Tensor:
         """Draws as a `stepper` takes them, those of a step together; for a recording rows of one tensor."""
@@ -302,13 +303,16 @@ class Inverter:
     ) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
         patches, looks = canvas.patches(), self._looks(draws, len(canvas.positions))
-        loss = sum(self._loss(patches, targets, draw) for draw in looks) / len(looks)
         optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=self.device)
+        for number, draw in enumerate(looks, 1):  # one after another, so that a look takes no memory from the next
+            loss = self._loss(patches, targets, draw) / len(looks)
+            loss.backward(retain_graph=number < len(looks))
+            total = total + loss.detach()
         optimizer.step()
         with torch.no_grad():
             canvas.settle()
-        return loss.detach()
+        return total
 
     @staticmethod
     def _looks(draws: Tensor | tuple[Draw, ...], batch: int) -> Sequence[Draw]:
@@ -414,14 +418,9 @@ def require_memory_for(
     images = len(stages) if strategy.detaches else 1
     each = trajectory_bytes(vit, config, device) // images
     # An iteration leaves its draws and its loss.
-    numbers = config.copies * len(Views(config.views, vit.grid, torch.device("cpu")).others)
-    require_memory(
-        config.iterations,
-        200 + 24 * numbers * config.batch_size,
-        torch.device("cpu"),
-        "an inversion so long",
-        "--iterations",
-    )
+    cpu = torch.device("cpu")
+    drawn = config.copies * (800 + 8 * Views(config.views, vit.grid, cpu).numbers * config.batch_size)
+    require_memory(config.iterations, drawn, cpu, "an inversion so long", "--iterations")
     require_memory(config.batch_size, each, device, "an inversion batch", flag)
 
 

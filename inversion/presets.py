@@ -60,9 +60,11 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     given = {**settings} if prior is None else {**settings, "prior": prior}
-    # A schedule that is given says by itself whether the run is sparse; a strategy without one does not inherit it.
+    # A schedule that is given says by itself whether the run is sparse, but for patches that begin, some of which may
+    # stop; a strategy without one does not inherit it.
     if "prune_it" in given:
-        dropped = ("strategy", "prune_ratio")
+        grows = PRESETS.get(preset, {}).get("strategy") == "grow"
+        dropped = ("prune_ratio",) if grows else ("strategy", "prune_ratio")
         if list(given["prune_it"]) != [-1] and "prune_ratio" not in given:
             raise UserError("--prune_it needs --prune_ratio, the share of patches that stops at each of its iterations")
     else:

@@ -82,3 +82,13 @@ def stages_of(
             stages.append(Stage(start, stop, patches))
         start, patches = stop, left_of(patches, ratio, stop)
     return (*stages, Stage(start, iterations, patches))
+
+
+def ranked(stages: Sequence[Stage], patches: int) -> list[int]:
+    """How many patches an image of `patches` has whenever some of them stop, for which they are ranked."""
+    counts, left = [], stages[0].patches if stages[0].begins else patches
+    for number, stage in enumerate(stages):
+        if stage.patches - (len(stage.begins) if number else 0) < left:
+            counts.append(left)
+        left = stage.patches
+    return counts

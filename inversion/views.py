@@ -2,7 +2,8 @@
 
 `roll` and `flip` are one draw for the batch, as published; every other view draws anew for each image. A stopped patch
 is read as zeros, the mean colour, before anything else is done, by every view alike: what the model is fed is what it
-would be fed if the view were applied to the whole image with zeros where patches have stopped.
+would be fed if the view were applied to the whole image with zeros where patches have stopped. The next view reads what
+is fed: zeros as well where a roll moves pixels to a position at which nothing is fed.
 """
 
 from __future__ import annotations
