@@ -163,7 +163,7 @@ def test_black_and_white_given_from_outside_are_nearly_that():
 def test_pixels_never_leave_the_limits(model):
     config = InversionConfig(**{**SPARSE, "lr": 20.0})
     batch = Inverter(model, config, CPU).invert(0)
-    for images in (batch.images, batch.stopped):
+    for images in (batch.images, batch.images.stopped):
         pixels = model.preprocessing.denormalize(images.patches)
         assert pixels.min() >= -1e-5
         assert pixels.max() <= 1 + 1e-5
@@ -208,7 +208,7 @@ def test_a_projection_and_a_callback_change_what_is_optimized(model):
         (shift, lambda pixels: pixels * 0.5),
     ):
         changed = Inverter(model, InversionConfig(**how), CPU).invert(0, on_stage=change)
-        start = plain.images.with_more(plain.stopped)
+        start = plain.images.shown()
         whole = torch.zeros(3, 16, 3, 8, 8)
         whole[torch.arange(3)[:, None], start.positions] = start.patches
         wanted = expected(whole)[torch.arange(3)[:, None], changed.images.positions]
@@ -238,7 +238,7 @@ def test_a_canvas_that_nobody_changes_is_left_as_it_is(model, monkeypatch):
 def test_images_get_what_they_are_asked_for(model):
     batch = Inverter(model, InversionConfig(canvas="spectral", iterations=60, batch_size=4), CPU).invert(0)
     assert batch.losses[-5:].mean() < batch.losses[:5].mean() - 0.02
-    assert batch.stopped is None
+    assert batch.images.stopped is None
 
 
 # ---- in a pool
@@ -289,7 +289,7 @@ def test_a_stopped_patch_is_frozen_as_it_was_when_it_stopped(tmp_path, model, mo
 def test_stopped_patches_are_seen_in_pictures_and_fed_to_nothing(tmp_path, model):
     pool = ImagePool(tmp_path, model, InversionConfig(**SPARSE))
     synthesize(pool, 6, CPU)
-    read, whole = pool.read(6), pool.pictured(6)
+    read, whole = pool.read(6), pool.read(6).filled(pool.grid)
     assert read.patches.shape == (6, 4, 3, 8, 8)
     assert whole.patches.shape == (6, 16, 3, 8, 8)
     assert torch.equal(whole.positions, pool.grid.all_positions(6))
@@ -299,14 +299,14 @@ def test_stopped_patches_are_seen_in_pictures_and_fed_to_nothing(tmp_path, model
     assert (pictures(pool).flatten(2).amax(dim=2) > 0).all()
     record = json.loads((pool.path / "batches" / "000000.json").read_text())
     assert len(record["kept_positions"][0]) == 4
-    part = pool.pictured(5, first=2)
+    part = pool.read(5, first=2).filled(pool.grid)
     assert torch.equal(part.patches, whole.patches[2:5])
 
 
 def test_a_pool_of_pixels_is_pictured_as_it_is_read(tmp_path, model):
     pool = ImagePool(tmp_path, model, InversionConfig(**{**SPARSE, "canvas": "pixels"}))
     synthesize(pool, 3, CPU)
-    read, shown = pool.read(3), pool.pictured(3)
+    read, shown = pool.read(3), pool.read(3).shown()
     assert torch.equal(read.patches, shown.patches)
     assert torch.equal(read.positions, shown.positions)
     assert (pictures(pool).flatten(2).amax(dim=2) == 0).sum(dim=1).tolist() == [12] * 3
@@ -328,10 +328,10 @@ def test_a_pool_says_what_was_optimized_and_seen_how(tmp_path, model):
     synthesize(pool, 3, CPU)
     said = json.loads((pool.path / "pool.json").read_text())["inversion"]
     assert (said["canvas"], said["views"], said["copies"]) == ("spectral", list(views), 2)
-    assert (said["lr"], said["lr_schedule"], said["init"]) == (0.1, "cosine", "pink")
+    assert (said["lr"], said["lr_schedule"], said["init"]) == (0.3, "cosine", "pink")
     found = ImagePool.existing(pool.path, model)
     assert found.config.settings() == pool.config.settings()
-    assert torch.equal(found.pictured(3).patches, pool.pictured(3).patches)
+    assert torch.equal(found.read(3).shown().patches, pool.read(3).shown().patches)
     others = ({"canvas": "pixels"}, {"views": ("roll", "crop", "colour")}, {"copies": 1}, {"init": "white"})
     paths = {ImagePool(tmp_path, model, InversionConfig(**{**settings, **other})).path for other in others}
     assert len(paths | {pool.path}) == 5
@@ -409,8 +409,8 @@ def test_every_canvas_has_its_own_defaults_and_what_is_given_wins():
         return config.lr, config.lr_schedule, config.init
 
     assert chosen(InversionConfig()) == (0.25, "constant", "white")
-    assert chosen(InversionConfig(canvas="spectral")) == (0.1, "cosine", "pink")
-    assert chosen(configured("smi", canvas="spectral")) == (0.1, "cosine", "pink")
+    assert chosen(InversionConfig(canvas="spectral")) == (0.3, "cosine", "pink")
+    assert chosen(configured("smi", canvas="spectral")) == (0.3, "cosine", "pink")
     assert chosen(configured("smi", canvas="pixels")) == (0.25, "constant", "white")
     assert configured("smi", canvas="spectral").iterations == 4000
     assert chosen(configured("smi", canvas="spectral", lr=0.3, init="white")) == (0.3, "cosine", "white")
