@@ -238,3 +238,29 @@ class _Shifted(torch.autograd.Function):
         back = -ctx.shift[0], -ctx.shift[1]
         pixels = _shifted(grad.flatten(0, 1), ctx.links, back, ctx.dtype)
         return pixels.view(grad.shape), None, None, None
+
+
+class Taken(torch.autograd.Function):
+    """`PatchGrid.taken` at positions of which none is there twice: the gradient is put back there, not added."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, positions: Tensor, grid: PatchGrid) -> Tensor:
+        ctx.positions, ctx.grid = positions, grid
+        return grid.taken(images, positions)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.grid.unpatchify(grad, ctx.positions), None, None
+
+
+class Placed(torch.autograd.Function):
+    """`PatchGrid.unpatchify` with zeros elsewhere; the gradient of patches that are kept is all that is read."""
+
+    @staticmethod
+    def forward(ctx, patches: Tensor, positions: Tensor, grid: PatchGrid) -> Tensor:
+        ctx.positions, ctx.grid = positions, grid
+        return grid.unpatchify(patches, positions)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.grid.taken(grad.contiguous(), ctx.positions), None, None

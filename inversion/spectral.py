@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from inversion.canvas import Neighbours, PatchCanvas
+from inversion.canvas import Neighbours, PatchCanvas, Taken
 from models import PatchGrid
 
 EDGE = 1e-3
@@ -57,7 +57,7 @@ class SpectralCanvas:
         if self.plain:
             pixels = self.grid.patchify(self._raw())[self.index, self.positions]
         else:
-            pixels = _Kept.apply(self._raw(), self.positions, self.grid)
+            pixels = Taken.apply(self._raw(), self.positions, self.grid)
         black, white = self.limits
         pixels = black + (white - black) * pixels.sigmoid()
         return PatchCanvas(self.grid, pixels, self.positions, self.plain, self.neighbours)
@@ -90,27 +90,8 @@ class SpectralCanvas:
 
     def _raw(self) -> Tensor:
         """What goes into the sigmoid: (B, C, H, W)."""
-        return torch.fft.irfft2(
-            torch.view_as_complex(self.parameter) * self.scale, s=self.grid.image_size, norm="ortho"
-        )
-
-
-class _Kept(torch.autograd.Function):
-    """Patches (B, n, C, h, w) at positions (B, n), none twice, of images (B, C, H, W); gradients are put back there."""
-
-    @staticmethod
-    def forward(ctx, images: Tensor, positions: Tensor, grid: PatchGrid) -> Tensor:
-        ctx.positions, ctx.grid = positions, grid
-        batch, count = positions.shape
-        if count == grid.count:
-            return grid.patchify(images)
-        split = images.view(batch, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
-        rows = torch.arange(batch, device=images.device)[:, None]
-        return split.permute(0, 2, 4, 1, 3, 5)[rows, positions // grid.cols, positions % grid.cols]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.grid.unpatchify(grad, ctx.positions), None, None
+        spectrum = torch.view_as_complex(self.parameter) * self.scale
+        return torch.fft.irfft2(spectrum, s=self.grid.image_size, norm="ortho")
 
 
 @functools.lru_cache(maxsize=8)

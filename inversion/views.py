@@ -336,12 +336,14 @@ def _by_points(
     patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid
 ) -> Tensor:
     """As `_by_weights`, at the chosen positions alone."""
+    from inversion.canvas import Placed
+
     batch, count = chosen.shape
     (height, width), index = grid.image_size, torch.arange(batch, device=chosen.device)[:, None]
     y = rows.view(batch, grid.rows, -1)[index, chosen // grid.cols] * (2 / height) + (1 / height - 1)
     x = cols.view(batch, grid.cols, -1)[index, chosen % grid.cols] * (2 / width) + (1 / width - 1)
     shape = batch, count, grid.height, grid.width
     points = torch.stack([x[:, :, None].expand(shape), y[..., None].expand(shape)], dim=-1).flatten(1, 2)
-    image = grid.unpatchify(patches.to(points.dtype), positions)
+    image = Placed.apply(patches.to(points.dtype), positions, grid)
     sampled = F.grid_sample(image, points, padding_mode="border", align_corners=False)
     return sampled.view(batch, -1, count, grid.height, grid.width).transpose(1, 2).to(patches.dtype)

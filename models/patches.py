@@ -55,12 +55,24 @@ class PatchGrid:
             positions: their grid positions, int64, no position twice in an image.
             fill: value of every other pixel; a tensor of shape (C,) gives one per channel.
         """
-        batch = patches.shape[0]
-        canvas = patches.new_empty(batch, self.count, self.channels, self.height, self.width)
-        canvas[:] = fill.to(patches).reshape(-1, 1, 1) if isinstance(fill, torch.Tensor) else fill
-        canvas[torch.arange(batch, device=patches.device)[:, None], positions] = patches
-        split = canvas.view(batch, self.rows, self.cols, self.channels, self.height, self.width)
-        return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.channels, *self.image_size)
+        images = patches.new_empty(len(patches), self.channels, *self.image_size)
+        images[:] = fill.to(patches).reshape(-1, 1, 1) if isinstance(fill, torch.Tensor) else fill
+        self._split(images)[self._places(positions)] = patches
+        return images
+
+    def taken(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> their patches (B, n, C, height, width) at `positions` (B, n)."""
+        return self._split(images)[self._places(positions)]
+
+    def _split(self, images: Tensor) -> Tensor:
+        """A view of images (B, C, H, W) as (B, rows, cols, C, height, width)."""
+        parts = images.view(len(images), self.channels, self.rows, self.height, self.cols, self.width)
+        return parts.permute(0, 2, 4, 1, 3, 5)
+
+    def _places(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, row and column of the patches at `positions` (B, n)."""
+        images = torch.arange(len(positions), device=positions.device)[:, None]
+        return images, positions // self.cols, positions % self.cols
 
 
 @dataclass(frozen=True)
