@@ -223,7 +223,7 @@ def test_a_pool_of_images_that_grew(tmp_path, model, canvas):
 
 def test_what_grew_is_what_the_model_is_asked_for():
     model = load_model(DEFAULT_MODEL)
-    config = InversionConfig(strategy="grow", iterations=56, batch_size=6, views=("roll",))
+    config = InversionConfig(strategy="grow", iterations=42, batch_size=4, views=("roll",))
     inverter = Inverter(model, config, CPU)
     batch = inverter.invert(0)
     with torch.no_grad():
@@ -329,3 +329,16 @@ def test_the_preset_runs(model):
     batch = Inverter(model, config, CPU).invert(0)
     assert batch.images.positions.shape == (3, 16)
     assert batch.losses.isfinite().all()
+
+
+def test_another_strategy_than_the_presets_has_no_phases():
+    config = configured("plug_in", strategy="dense")
+    assert (config.strategy, config.lr_schedule, config.lr) == ("dense", "constant", 0.01)
+
+
+def test_a_canvas_that_is_given_has_its_own_rate_and_start_beside_a_preset():
+    config = configured("smi", canvas="spectral")
+    assert (config.lr, config.lr_schedule, config.init) == (0.3, "cosine", "pink")
+    assert configured("smi", canvas="spectral", lr=0.1).lr == 0.1
+    assert configured("transfer").lr == 0.3
+    assert configured("transfer", canvas="pixels").lr == 0.25

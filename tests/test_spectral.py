@@ -40,6 +40,9 @@ def test_white_coefficients_are_pink_pixels_of_variance_1(size):
     scale = spectrum(size, CPU)
     white = torch.fft.rfft2(torch.randn(2000, *size, generator=generator()), norm="ortho")
     pixels = torch.fft.irfft2(white * scale, s=size, norm="ortho")
+    beyond = scale.roll(-1, 0).flip(0).flip(1)[:, 1 - size[1] % 2 : -1]  # frequencies of the opposite sign
+    assert torch.cat([scale, beyond], dim=1).square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert torch.cat([scale, beyond], dim=1).shape == size
     assert pixels.square().mean().item() == pytest.approx(1, abs=0.05)
     power = torch.fft.fft2(pixels).abs().square().mean(dim=0)
     for low, high in ((3, 6), (5, 10)):
@@ -160,10 +163,11 @@ def test_black_and_white_given_from_outside_are_nearly_that():
 # ---- in an inversion
 
 
-def test_pixels_never_leave_the_limits(model):
-    config = InversionConfig(**{**SPARSE, "lr": 20.0})
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_pixels_never_leave_the_limits(model, canvas):
+    config = InversionConfig(**{**SPARSE, "lr": 20.0, "canvas": canvas})
     batch = Inverter(model, config, CPU).invert(0)
-    for images in (batch.images, batch.images.stopped):
+    for images in filter(None, (batch.images, batch.images.stopped)):
         pixels = model.preprocessing.denormalize(images.patches)
         assert pixels.min() >= -1e-5
         assert pixels.max() <= 1 + 1e-5
@@ -317,6 +321,7 @@ def test_patches_that_left_as_an_image_are_not_in_the_next_ones_picture(tmp_path
     pool = ImagePool(tmp_path, model, config)
     synthesize(pool, 8, CPU)
     assert (pictures(pool).flatten(2).amax(dim=2) > 0).sum(dim=1).tolist() == [4] * 8
+    assert torch.equal(pool.pictured(8).positions, pool.read(8).positions)
     positions = pool.read(8).positions.view(2, 16).sort(dim=1).values
     assert torch.equal(positions, pool.grid.all_positions(2))
 

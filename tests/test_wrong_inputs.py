@@ -115,6 +115,7 @@ FLAGS = [
     *rows("quant", "--views", "colour:scale=6 colour:shift=-1 contrast:scale=nan noise:deviation=11", " is not in "),
     *rows("quant", "--views", "flip:share=1 flip:x", "--views flip:.*: it has no settings"),
     ("quant", ["--views", "crop", "crop:area=0.5"], "--views has crop twice"),
+    ("quant", ["--views", "crop:area=0.5,area=0.6"], "--views crop.* like area=0.35"),
     ("quant", ["--views"], "--views"),
     *rows("quant", "--canvas", "paint Pixels 1 ,", "--canvas"),
     *rows("quant", "--copies", f"0 -1 1.5 x nan {BIG}", INTEGER),

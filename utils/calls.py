@@ -21,7 +21,10 @@ def parse_call(text: str, table: Mapping[str, Callable[..., Made]], flag: str) -
     if name not in table:
         raise UserError(f"{flag} {name} is unknown; there are {', '.join(table)}")
     try:
-        values = {key: float(value) for key, value in (part.split("=") for part in rest.split(",") if part)}
+        given = [part.split("=") for part in rest.split(",") if part]
+        values = {key: float(value) for key, value in given}
+        if len(values) < len(given):
+            raise ValueError("a key that is there twice")
         return name, table[name](**values)
     except (ValueError, TypeError, OverflowError):
         made = table[name]
