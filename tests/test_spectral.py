@@ -419,7 +419,7 @@ def test_every_canvas_has_its_own_defaults_and_what_is_given_wins():
     assert chosen(configured("smi", canvas="pixels")) == (0.25, "constant", "white")
     assert configured("smi", canvas="spectral").iterations == 4000
     assert chosen(configured("smi", canvas="spectral", lr=0.3, init="white")) == (0.3, "cosine", "white")
-    assert chosen(InversionConfig(canvas="spectral", lr_schedule="constant")) == (0.1, "constant", "pink")
+    assert chosen(InversionConfig(canvas="spectral", lr_schedule="constant")) == (0.3, "constant", "pink")
     assert chosen(configured("psaq_vit")) == (0.25, "cosine", "white")
 
 
