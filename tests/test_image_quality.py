@@ -10,7 +10,7 @@ from inversion import InversionConfig, invert
 from inversion.inits import pink, white
 from models import SparseImages, load_model
 from scripts.studies import image_quality, train_judges
-from scripts.studies.image_quality import FIGURES, Bench, Images, noise_sample, real_sample
+from scripts.studies.image_quality import FIGURES, Bench, Images, noise_sample, real_sample, ridge
 from scripts.studies.train_judges import JudgeConfig, Training, real_images
 from tests.conftest import ROOT
 from utils.config import DataConfig
@@ -202,14 +202,24 @@ def test_the_script_goes_on_where_it_was(folder, bench, tmp_path, capsys, monkey
     assert both[2]["slope_std"] == 0  # the same images
 
 
-def test_a_head_is_taught(folder, bench, monkeypatch):
-    monkeypatch.setattr(image_quality, "HEAD", image_quality.HEAD | {"steps": 50, "lr": 0.03})
+def test_a_head_is_taught(bench):
     real, noise = (
         FIGURES["head"].measure(bench, images_of(sparse))
         for sparse in (real_sample(bench, 60, 0), noise_sample(MODEL, 60, 0))
     )
     assert real > noise
     assert "flip" not in image_quality.head_settings(MODEL)["augment"]
+
+
+def test_a_ridge_regression_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    features, tested = torch.randn(200, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    weights, offset = torch.randn(5, 3, generator=generator), torch.tensor([1.0, -2.0, 0.5])
+    found = ridge(features, features @ weights + offset, tested, 1e-9)
+    torch.testing.assert_close(found, (tested @ weights + offset).double(), rtol=1e-4, atol=1e-4)
+    flat = ridge(features, features @ weights + offset, tested, 1e9)
+    mean = (features @ weights + offset).mean(0).double()
+    torch.testing.assert_close(flat, mean.expand(7, 3), rtol=1e-4, atol=1e-4)
 
 
 def test_a_judge_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 
 A table of what judges that never saw the teacher name, of the Fréchet distance and of a linear head (the figures of
 image_quality.py), of seconds, and of the accuracy of models that were calibrated with the images. Pools and finished
-figures are kept; OUTPUT gets table.md and table.json.
+figures are kept; OUTPUT gets table.md, table.json and images.png: of the longest cells, in the table's order, a row
+each with an image of every class.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from utils.lazy import torch
 from utils.report import table
 
 if TYPE_CHECKING:
-    from models import SparseImages
+    from torch import Tensor
+
+    from models import LoadedModel, SparseImages
 
 STOPS, RATIO = (0.1, 0.2, 0.3, 0.4), 0.3
 """When patches stop, as shares of the iterations, and how many of them."""
@@ -145,6 +148,13 @@ def measured(
     return found
 
 
+def one_of_each(model: LoadedModel, images: SparseImages) -> Tensor:
+    """The first image of every class that there is, up to ten, as pictures have it: (K, C, H, W) in [0, 1]."""
+    first = [int((images.labels == label).nonzero()[0]) for label in images.labels.unique()[:10]]
+    few = images.at(torch.tensor(first)).shown()
+    return model.preprocessing.denormalize(model.grid.unpatchify(few.patches, few.positions))
+
+
 def lines_of(found: Sequence[dict], keys: Sequence[str]) -> list[list[object]]:
     """Rows of the table: means, and deviations where there is more than one value."""
     lines = []
@@ -178,16 +188,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     device = pick_device(args.device, args.gpu)
     from inversion import ImagePool, synthesize
     from models import load_model
+    from utils.pictures import save_image_grid
 
     model, rows = load_model(of_model), Rows(output)
     asked = {figure.judge for figure in chosen_figures(quality, model, data).values()} - {None}
     bench = Bench(model, data, judges(model, data, trained, folder, asked), quality.head)
     found: list[dict] = []
+    pictures: list[Tensor] = []
     for label, inversion in config.cells(pick_dtype("auto", device)):
         pool = ImagePool(config.datapool, model, inversion)
         made = synthesize(pool, quality.num_images, device, output / "synthesis.jsonl", progress=True)
         label["s"] = None if made.seconds is None else f"{made.seconds:.0f}"
         images = pool.read(quality.num_images)
+        if inversion.iterations == max(config.iterations):
+            pictures.append(one_of_each(model, images))
         found.append(measured(bench, quality, config, rows, label, images, str(pool.path)))
         keys = list(dict.fromkeys(key for one in found for key in one))
         lines = lines_of(found, keys)
@@ -195,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         with atomic(output / "table.md") as partial:
             partial.write_text(markdown(keys, lines) + "\n", encoding="utf-8")
         write_json(output / "table.json", {"command": args.command, "rows": found, **versions()})
+    save_image_grid(output / "images.png", torch.cat(pictures), columns=len(pictures[0]))
     print(table(keys, lines))
     return found
 
