@@ -340,5 +340,6 @@ def test_a_canvas_that_is_given_has_its_own_rate_and_start_beside_a_preset():
     config = configured("smi", canvas="spectral")
     assert (config.lr, config.lr_schedule, config.init) == (0.3, "cosine", "pink")
     assert configured("smi", canvas="spectral", lr=0.1).lr == 0.1
-    assert configured("transfer").lr == 0.3
-    assert configured("transfer", canvas="pixels").lr == 0.25
+    assert configured("readable").lr == 0.3
+    assert configured("readable", canvas="pixels").lr == 0.25
+    assert configured("transfer", canvas="spectral").lr_schedule == "cosine"

@@ -152,7 +152,7 @@ def one_of_each(model: LoadedModel, images: SparseImages) -> Tensor:
     """The first image of every class that there is, up to ten, as pictures have it: (K, C, H, W) in [0, 1]."""
     first = [int((images.labels == label).nonzero()[0]) for label in images.labels.unique()[:10]]
     few = images.at(torch.tensor(first)).shown()
-    return model.preprocessing.denormalize(model.grid.unpatchify(few.patches, few.positions))
+    return model.grid.unpatchify(model.preprocessing.denormalize(few.patches), few.positions)
 
 
 def lines_of(found: Sequence[dict], keys: Sequence[str]) -> list[list[object]]:
