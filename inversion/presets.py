@@ -9,7 +9,7 @@ from inversion.priors import PRIORS, options, terms
 from utils.errors import UserError
 
 PRESETS: dict[str, dict[str, object]] = {
-    # Ours, by measurement (docs/results.md): what calibrates, what teaches, and what others can read, for least seconds.
+    # Ours, by measurement (docs/results.md): what calibrates, what teaches, and what others can read.
     "quantize": {
         "prior": ["deepinversion"],
         "strategy": "smi",
