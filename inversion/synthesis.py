@@ -29,6 +29,7 @@ from utils.ranks import rank, ranks, wait_for_all
 class SynthesisReport:
     """What the images of a pool are and cost; the defaults are those of images that nobody had to invert.
 
+    `shows_stopped`: whether pictures show stopped patches as they were when they stopped; if not, black.
     `seconds`: of all batches added up, whichever rank made them; None where they were made by a run logged elsewhere.
     """
 
@@ -40,6 +41,7 @@ class SynthesisReport:
     flops: int = 0
     peak_memory_bytes: int = 0
     pool: str | None = None
+    shows_stopped: bool = False
 
 
 def invert(
@@ -161,6 +163,7 @@ def _report(pool: ImagePool, count: int, inverter: Inverter, log: Path | None) -
             (entry["peak_memory_bytes"] for entry in known), default=peak_memory_bytes(inverter.device)
         ),
         pool=str(pool.path),
+        shows_stopped=config.shows_stopped,
     )
 
 

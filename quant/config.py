@@ -51,7 +51,9 @@ class QuantConfig:
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
-    fill: bool = setting(False, "calibrate on full grids: stopped patches replaced by the nearest kept ones")
+    fill: bool = setting(
+        False, "calibrate on full grids: stopped patches as pools show them, else their nearest kept ones"
+    )
     keep: tuple[str, ...] = setting(
         (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
     )

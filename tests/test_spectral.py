@@ -443,3 +443,18 @@ def test_the_first_noise_is_drawn_behind_the_labels_on_every_canvas(model):
     black, white = inverter.limits
     wanted = black + (white - black) * noise.sigmoid()
     torch.testing.assert_close(seen[0], SparseViT(model.vit).grid.patchify(wanted), rtol=0, atol=1e-4)
+
+
+def test_reports_say_what_is_seen_of_stopped_patches(tmp_path, model):
+    from dataclasses import asdict
+
+    from utils.report_page import stopped
+
+    seen = {}
+    grown = {"canvas": "pixels", "strategy": "grow", "iterations": 14}
+    for name, settings in {"spectral": SPARSE, "pixels": SPARSE | {"canvas": "pixels"}, "grown": grown}.items():
+        pool = ImagePool(tmp_path, model, InversionConfig(**{**settings, "batch_size": 2}))
+        seen[name] = stopped(asdict(synthesize(pool, 2, CPU)))
+    assert "as they were" in seen["spectral"]
+    assert "black" in seen["pixels"]
+    assert seen["grown"] == ""

@@ -30,7 +30,7 @@ LINEAR, WHOLE = (MaxNLocator(6, steps=[1, 2, 5, 10], integer=integer) for intege
 LOGARITHMIC = LogLocator(subs=(1,)), LogLocator(subs=(1, 2, 5))
 MARK_ROOM = 9
 """What the label of a mark takes on a narrow page, in per cent of a curve's width."""
-STOPPED = "Stopped patches are black"
+STOPPED, FROZEN = "Stopped patches are black", "Stopped patches are shown as they were when they stopped"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def write_comparison_page(folder: Path, title: str, summary: Sequence[Mapping], 
     pictures = []
     for path in sorted(folder.glob("images*.png"), key=lambda path: path.stem):  # images.png is of the first model
         model = path.stem.removeprefix("images").removeprefix("-") or models[0].rstrip("/").split("/")[-1]
-        pictures.append(picture(path, f"Images of {model}", STOPPED, text=True))
+        pictures.append(picture(path, f"Images of {model}", f"{STOPPED}, or shown as they were then", text=True))
     return write_page(folder, "Comparison", title, "", [*tables, chart, *pictures, origin(facts)])
 
 
@@ -236,8 +236,10 @@ def origin(facts: Mapping) -> Facts | None:
 
 
 def stopped(synthesis: Mapping) -> str:
-    """What the black in the images is, if there was a schedule."""
-    return STOPPED if len(synthesis["patches_per_stage"]) > 1 else ""
+    """What is seen of stopped patches, if some stopped."""
+    if not any(later < earlier for earlier, later in itertools.pairwise(synthesis["patches_per_stage"])):
+        return ""
+    return FROZEN if synthesis.get("shows_stopped") else STOPPED
 
 
 def picture(path: Path, title: str, note: str = "", text: bool = False) -> Picture | None:

@@ -6,6 +6,7 @@ Every part is kept in the output folder as it ends; the same command goes on wit
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from inversion import InversionConfig, Inverter, invert
+from inversion import VIEWS, InversionConfig, Inverter, invert
 from inversion.canvas import Jitter
 from kt import DistillConfig, Distiller
 from models import DEFAULT_MODEL, LoadedModel, SparseImages, load_model
@@ -114,10 +115,11 @@ def forward_and_gradient(bench: Bench) -> dict:
 
 
 def recorded_and_eager(bench: Bench) -> dict:
-    """The same batch by CUDA graphs and by launches, over stage changes and with a falling learning rate."""
+    """The same batch by CUDA graphs and by launches, over stage changes, with a falling rate, and under all views."""
     model, found = bench.model("deit_tiny_patch16_224"), {"ok": True}
-    for dtype in DTYPES:
-        how = {"lr_schedule": "cosine", "prune_it": (8, 16), "prune_ratio": (0.3, 0.3), "dtype": dtype}
+    viewed = {"canvas": "spectral", "views": tuple(VIEWS), "copies": 2}
+    for dtype, (kind, looks) in itertools.product(DTYPES, {"": {}, ", all views": viewed}.items()):
+        how = {"lr_schedule": "cosine", "prune_it": (8, 16), "prune_ratio": (0.3, 0.3), "dtype": dtype, **looks}
         config = InversionConfig(iterations=24, batch_size=4, **how)
         recorded = Inverter(model, config, bench.device).invert(0)
         with patch("inversion.capture.EAGER_STEPS", 10**9):
@@ -125,7 +127,11 @@ def recorded_and_eager(bench: Bench) -> dict:
         # Until the first patches stop: which do may depend on a rounding.
         error = (recorded.losses[:8] - launched.losses[:8]).abs().max().item() / launched.losses[:8].abs().max().item()
         same, at_the_end = torch.equal(recorded.losses, launched.losses), recorded.losses[-1] / launched.losses[-1] - 1
-        found[dtype] = {"loss_error": error, "loss_error_at_the_end": abs(at_the_end.item()), "same_losses": same}
+        found[dtype + kind] = {
+            "loss_error": error,
+            "loss_error_at_the_end": abs(at_the_end.item()),
+            "same_losses": same,
+        }
         found["ok"] &= error < (1e-3 if dtype == "float32" else 2e-2)
     graphs = Inverter(model, config, bench.device).recorder
     found["graphs"] = None if graphs is None else graphs.agrees
