@@ -18,7 +18,7 @@ from torch import Tensor
 from inversion.canvas import PatchCanvas
 from inversion.canvases import CANVASES, Canvas
 from inversion.capture import CapturedStep, cuda_graphs
-from inversion.config import InversionConfig
+from inversion.config import DEFAULT_VIEWS, InversionConfig
 from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
 from inversion.inits import INITS
 from inversion.priors import Context, LossInputs
@@ -430,8 +430,10 @@ def trajectory_bytes(vit: SparseViT, config: InversionConfig, device: torch.devi
     saved = [block_numbers(block, tokens, device) for block in vit.blocks]
     passes = 1 + sum(name in ("adv", "cr", "bn") for name, value in config.weights.items() if value)
     between = 4 * vit.grid.count**2 * len(vit.blocks) if config.weights.get("pse") else 0
-    # One block's gradients are held beside what was saved, and pixels in some fifteen forms.
-    return passes * number * (sum(saved) + 2 * max(saved)) + 4 * (15 * vit.grid.count * vit.grid.pixels + between)
+    # One block's gradients are held beside what was saved, and pixels in some fifteen forms, more for coefficients and
+    # where views change them.
+    forms = 15 if (config.canvas, {*config.views} - {*DEFAULT_VIEWS}) == ("pixels", set()) else 25
+    return passes * number * (sum(saved) + 2 * max(saved)) + 4 * (forms * vit.grid.count * vit.grid.pixels + between)
 
 
 def block_numbers(block: SparseBlock, tokens: int, device: torch.device) -> int:

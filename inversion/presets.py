@@ -98,7 +98,8 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
         dropped = ("prune_it", "prune_ratio") if given.get("strategy") in ("dense", "pri") else ()
     if given.get("strategy", "grow") != "grow" and PRESETS.get(preset, {}).get("lr_schedule") == "phases":
         dropped = *dropped, "lr_schedule"
-    if given.get("canvas", "pixels") != PRESETS.get(preset, {}).get("canvas", "pixels"):
+    canvas = PRESETS.get(preset, {}).get("canvas", "pixels")
+    if given.get("canvas", canvas) != canvas:
         dropped = *dropped, "lr", "lr_schedule", "init"  # a canvas has its own
     kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}
     chosen = {**kept, **given}

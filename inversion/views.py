@@ -123,8 +123,9 @@ class Crop(View):
         exact = torch.promote_types(patches.dtype, torch.float32)
         sizes = (grid.rows, grid.height), (grid.cols, grid.width)
         lines = [_lines(side, place, *size, exact) for place, size in zip(u[:, 1:].unbind(1), sizes, strict=True)]
-        by_weights = plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact)
-        return (_by_weights if by_weights else _by_points)(patches, positions, *lines, chosen, grid), chosen
+        if plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact):
+            return _by_weights(patches, positions, *lines, chosen, grid, plain), chosen
+        return _by_points(patches, positions, *lines, chosen, grid), chosen
 
     @staticmethod
     def _roomy(side: Tensor, positions: Tensor, u: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
@@ -310,13 +311,15 @@ def _lines(side: Tensor, place: Tensor, count: int, size: int, dtype: torch.dtyp
 
 
 def _by_weights(
-    patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid
+    patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid, plain: bool
 ) -> Tensor:
     """Bilinear samples (B, n, C, h, w) at `chosen` positions, of lines `rows` (B, H) and `cols` (B, W), by products.
 
     Its gradient is a product as well, and so the same every time on a GPU.
     """
-    image = grid.unpatchify(patches, positions)
+    from inversion.canvas import Placed, Taken
+
+    image = grid.unpatchify(patches, positions) if plain else Placed.apply(patches, positions, grid)
     (batch, channels), (height, width) = image.shape[:2], grid.image_size
     down, right = (
         (1 - (lines[:, :, None] - torch.arange(size, device=lines.device)).abs()).clamp(min=0).to(image.dtype)
@@ -326,10 +329,8 @@ def _by_weights(
     read = (stretched.view(batch, height * channels, width) @ right.transpose(1, 2)).view(
         batch, height, channels, width
     )
-    found = grid.patchify(read.transpose(1, 2))
-    if chosen.shape[1] == grid.count:
-        return found
-    return found[torch.arange(batch, device=chosen.device)[:, None], chosen]
+    read = read.transpose(1, 2).contiguous()
+    return grid.taken(read, chosen) if plain else Taken.apply(read, chosen, grid)
 
 
 def _by_points(

@@ -11,7 +11,7 @@ import inversion.views
 from inversion import VIEWS, InversionConfig, Inverter
 from inversion.canvas import Jitter, PatchCanvas, draw_jitters
 from inversion.capture import EAGER_STEPS
-from inversion.views import NOISE_PATCHES, SEEN, Draw, Seen, Views, canonical_views
+from inversion.views import NOISE_PATCHES, SEEN, Crop, Draw, Seen, Views, canonical_views
 from models import DEFAULT_MODEL, PatchGrid, load_model
 from tests.conftest import tiny_model
 from tests.test_canvas import GRIDS, random_canvas
@@ -206,6 +206,21 @@ def test_crops_by_points_are_crops_by_weights(monkeypatch, dtype):
         torch.testing.assert_close(fast, plain, **close)
         torch.testing.assert_close(fast_grad, plain_grad, **close)
     assert len(used) == 4
+
+
+def test_crops_of_a_gpu_are_the_same_with_gradients_written_out():
+    grid, start = GRIDS[0], random_canvas(GRIDS[0], 7)
+    u = torch.rand(BATCH, 3, generator=generator())
+    _, chosen = Crop()(start.pixels.detach(), start.positions, u, grid, True)
+    lines = [torch.rand(BATCH, size, generator=generator()).double() * (size - 1) for size in grid.image_size]
+    found = []
+    for plain in (False, True):
+        leaf = start.pixels.detach().clone().requires_grad_()
+        read = inversion.views._by_weights(leaf, start.positions, *lines, chosen, grid, plain)
+        (read * torch.randn(read.shape, generator=generator())).sum().backward()
+        found.append((read, leaf.grad))
+    for fast, expected in zip(*found, strict=True):
+        torch.testing.assert_close(fast, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("plain", [False, True])
