@@ -321,7 +321,7 @@ def test_patches_that_left_as_an_image_are_not_in_the_next_ones_picture(tmp_path
     pool = ImagePool(tmp_path, model, config)
     synthesize(pool, 8, CPU)
     assert (pictures(pool).flatten(2).amax(dim=2) > 0).sum(dim=1).tolist() == [4] * 8
-    assert torch.equal(pool.pictured(8).positions, pool.read(8).positions)
+    assert torch.equal(pool.read(8).shown().positions, pool.read(8).positions)
     positions = pool.read(8).positions.view(2, 16).sort(dim=1).values
     assert torch.equal(positions, pool.grid.all_positions(2))
 

@@ -326,7 +326,7 @@ def make_rows(
     for stage in stages:
         positions = random_positions(grid, config.batch_size, stage.patches, device)
         kinds = [("reference", Reference, config, "float32"), ("engine", Engine, config, config.dtype)]
-        if usual(config) != config:
+        if usual(config).settings() != config.settings():
             kinds.append(("usual engine", Engine, usual(config), config.dtype))
         for name, kind, settings, dtype in kinds:
             rows.append(Row(name, stage.patches, partial(kind, model, settings, device, positions), peaks[dtype]))
