@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "transfer": {
         "prior": ["deepinversion"],
         "strategy": "dense",
-        "iterations": 100,
+        "iterations": 30,
         "init": "pink",
         "lr_schedule": "cosine",
         "views": ["roll", "flip", "crop", "colour"],
