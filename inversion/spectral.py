@@ -54,7 +54,9 @@ class SpectralCanvas:
 
     def patches(self) -> PatchCanvas:
         """The kept patches as they are now; their gradient flows to the coefficients."""
-        if self.plain:
+        if self.positions.shape[1] == self.grid.count:
+            pixels = self.grid.patchify(self._raw())
+        elif self.plain:
             pixels = self.grid.patchify(self._raw())[self.index, self.positions]
         else:
             pixels = Taken.apply(self._raw(), self.positions, self.grid)

@@ -329,8 +329,10 @@ def _by_weights(
     read = (stretched.view(batch, height * channels, width) @ right.transpose(1, 2)).view(
         batch, height, channels, width
     )
-    read = read.transpose(1, 2).contiguous()
-    return grid.taken(read, chosen) if plain else Taken.apply(read, chosen, grid)
+    read = read.transpose(1, 2)
+    if chosen.shape[1] == grid.count:  # in their order
+        return grid.patchify(read)
+    return grid.taken(read.contiguous(), chosen) if plain else Taken.apply(read.contiguous(), chosen, grid)
 
 
 def _by_points(
