@@ -58,11 +58,6 @@ def mirrored_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Te
     return positions + jitter.flip * (grid.cols - 1 - 2 * (positions % grid.cols))
 
 
-def jittered_positions(positions: Tensor, grid: PatchGrid, jitter: Jitter) -> Tensor:
-    """Where the patches at `positions` (B, n) are after roll and flip."""
-    return mirrored_positions(rolled_positions(positions, grid, jitter), grid, jitter)
-
-
 @dataclass(frozen=True)
 class Neighbours:
     """For each of the M = B * n kept patches its eight neighbours (and itself), among the M.
@@ -183,10 +178,6 @@ class PatchCanvas:
         """Copies of the pixels and positions of the patches at `index` (B, k) of each image."""
         rows = torch.arange(len(index), device=index.device)[:, None]
         return self.pixels.detach()[rows, index], self.positions[rows, index]
-
-    def jittered_positions(self, jitter: Jitter) -> Tensor:
-        """Grid positions (B, n) of the kept patches after the jitter."""
-        return jittered_positions(self.positions, self.grid, jitter)
 
 
 def _spans(shift: int, size: int) -> list[tuple[int, slice, slice]]:

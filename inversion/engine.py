@@ -27,7 +27,7 @@ from inversion.schedule import Stage, ranked
 from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
-from inversion.views import Draw, Seen, Views
+from inversion.views import Draw, Seen, Views, numbers_of
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
 from models.sparse_vit import SparseBlock
 from utils.device import keep_freed_memory, require_memory, within_memory
@@ -419,7 +419,7 @@ def require_memory_for(
     each = trajectory_bytes(vit, config, device) // images
     # An iteration leaves its draws and its loss.
     cpu = torch.device("cpu")
-    drawn = config.copies * (800 + 8 * Views(config.views, vit.grid, cpu).numbers * config.batch_size)
+    drawn = config.copies * (800 + 8 * numbers_of(config.views) * config.batch_size)
     require_memory(config.iterations, drawn, cpu, "an inversion so long", "--iterations")
     require_memory(config.batch_size, each, device, "an inversion batch", flag)
 
@@ -432,7 +432,7 @@ def trajectory_bytes(vit: SparseViT, config: InversionConfig, device: torch.devi
     between = 4 * vit.grid.count**2 * len(vit.blocks) if config.weights.get("pse") else 0
     # One block's gradients are held beside what was saved, and pixels in some fifteen forms, more for coefficients and
     # where views change them.
-    forms = 15 if (config.canvas, {*config.views} - {*DEFAULT_VIEWS}) == ("pixels", set()) else 25
+    forms = 25 if config.canvas != "pixels" or {*config.views} - {*DEFAULT_VIEWS} else 15
     return passes * number * (sum(saved) + 2 * max(saved)) + 4 * (forms * vit.grid.count * vit.grid.pixels + between)
 
 

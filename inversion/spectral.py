@@ -57,7 +57,7 @@ class SpectralCanvas:
         if self.positions.shape[1] == self.grid.count:
             pixels = self.grid.patchify(self._raw())
         elif self.plain:
-            pixels = self.grid.patchify(self._raw())[self.index, self.positions]
+            pixels = self.grid.taken(self._raw(), self.positions)
         else:
             pixels = Taken.apply(self._raw(), self.positions, self.grid)
         black, white = self.limits

@@ -217,19 +217,29 @@ VIEWS: dict[str, type[View]] = {
 """In the order in which they are applied, whatever order they are asked for in; the flip comes last."""
 
 
-def canonical_views(texts: Sequence[str]) -> tuple[str, ...]:
-    """The same views as every configuration writes them: in order, settings of their own alone, none twice.
+def parse_views(texts: Sequence[str]) -> dict[str, View]:
+    """The views by their names, in the order in which they are applied.
 
     Raises:
         UserError: an unknown name or setting, a setting out of range, or a view that is there twice.
     """
-    found = {}
+    found: dict[str, View] = {}
     for text in texts:
         name, view = parse_call(text, VIEWS, "--views")
         if name in found:
             raise UserError(f"--views has {name} twice")
-        found[name] = canonical(name, view)
-    return tuple(found[name] for name in VIEWS if name in found)
+        found[name] = view
+    return {name: found[name] for name in VIEWS if name in found}
+
+
+def canonical_views(texts: Sequence[str]) -> tuple[str, ...]:
+    """The same views as every configuration writes them: in order, settings of their own alone. Raises as above."""
+    return tuple(canonical(name, view) for name, view in parse_views(texts).items())
+
+
+def numbers_of(texts: Sequence[str]) -> int:
+    """Numbers that a look takes for each image."""
+    return sum(view.numbers for view in parse_views(texts).values())
 
 
 class Views:
@@ -243,18 +253,13 @@ class Views:
     """
 
     def __init__(self, texts: Sequence[str], grid: PatchGrid, device: torch.device, plain: bool = False) -> None:
-        views = dict(parse_call(text, VIEWS, "--views") for text in canonical_views(texts))
+        views, self.numbers = parse_views(texts), numbers_of(texts)
         self.grid, self.plain = grid, plain
         self.flip = views.pop("flip", None) is not None
         self.roll: Roll | None = views.pop("roll", None)
         self.others = list(views.values())
         for view in self.others:
             view.prepare(grid, device)
-
-    @property
-    def numbers(self) -> int:
-        """Numbers that a look takes for each image."""
-        return sum(view.numbers for view in self.others)
 
     def draws(self, count: int, batch: int, generator: torch.Generator) -> list[Draw]:
         """The chance of `count` looks at a batch of `batch` images."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inversion.canvas import Jitter, PatchCanvas, draw_jitters, split_roll
+from inversion.canvas import Jitter, PatchCanvas, draw_jitters, mirrored_positions, rolled_positions, split_roll
 from inversion.total_variation import total_variation
 from models import PatchGrid
 
@@ -15,6 +15,11 @@ def random_canvas(grid: PatchGrid, kept: int, dtype=torch.float64) -> PatchCanva
     positions = torch.stack([torch.randperm(grid.count, generator=generator)[:kept].sort().values for _ in range(3)])
     pixels = torch.randn(3, kept, grid.channels, grid.height, grid.width, generator=generator, dtype=dtype)
     return PatchCanvas(grid, pixels, positions)
+
+
+def jittered_positions(positions: torch.Tensor, grid: PatchGrid, jitter: Jitter) -> torch.Tensor:
+    """Where patches are after roll and flip."""
+    return mirrored_positions(rolled_positions(positions, grid, jitter), grid, jitter)
 
 
 def rolled(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
@@ -34,7 +39,7 @@ def test_dense_windows_are_the_plain_roll_and_flip(grid):
                 jitter = Jitter(dy, dx, flip)
                 windows = canvas.windows(jitter).detach()
                 shown = windows.flip(-1) if flip else windows
-                image = grid.unpatchify(shown, canvas.jittered_positions(jitter))
+                image = grid.unpatchify(shown, jittered_positions(canvas.positions, grid, jitter))
                 assert torch.equal(image, rolled(index, jitter)), jitter
 
 
@@ -45,7 +50,7 @@ def test_sparse_windows_read_zero_where_patches_stopped(grid, share):
     canvas = random_canvas(grid, max(1, int(grid.count * share)))
     rows = torch.arange(3)[:, None]
     for jitter in draw_jitters(20, grid, torch.Generator().manual_seed(1)):
-        target = canvas.jittered_positions(jitter)
+        target = jittered_positions(canvas.positions, grid, jitter)
         leaf = canvas.pixels.detach().clone().requires_grad_()
         full = rolled(grid.unpatchify(leaf, canvas.positions), jitter)
         expected = grid.patchify(full)[rows, target]

@@ -8,12 +8,12 @@ import torch
 
 import inversion.canvas
 from inversion import InversionConfig, Inverter
-from inversion.canvas import Jitter, draw_jitters, jittered_positions
+from inversion.canvas import Jitter, draw_jitters
 from inversion.engine import batch_generator
 from inversion.priors.adversarial import disagreement
 from models import DEFAULT_MODEL, SparseViT, load_model
 from tests.conftest import tiny_model
-from tests.test_canvas import plain_tv
+from tests.test_canvas import jittered_positions, plain_tv
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

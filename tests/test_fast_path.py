@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 import models.attention
 from inversion import InversionConfig, Inverter
-from inversion.canvas import Jitter, PatchCanvas, jittered_positions
+from inversion.canvas import Jitter, PatchCanvas
 from inversion.targets import distributions
 from inversion.views import Draw
 from models import DEFAULT_MODEL, LoadedModel, load_model
 from models.packed import PackedBlock
 from models.sparse_vit import SparseBlock
 from tests.conftest import tiny_model
-from tests.test_canvas import plain_tv
+from tests.test_canvas import jittered_positions, plain_tv
 
 CPU = torch.device("cpu")
 WEIGHTS = {"oh": 1.0, "tv1": 0.3, "tv2": 0.01, "l2": 0.01}

@@ -154,7 +154,6 @@ def test_stopped_patches_are_filled_before_anything_is_measured():
 
 
 def test_ranks_of_equal_values_are_their_mean():
-    assert image_quality.mean_ranks(torch.tensor([3.0, 1, 3, 2])).tolist() == [2.5, 0, 2.5, 1]
     assert image_quality.spearman([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1)
     assert image_quality.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert image_quality.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)

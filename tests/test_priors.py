@@ -20,7 +20,7 @@ from inversion.targets import distributions
 from inversion.views import Draw, Seen, Views
 from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
 from tests.conftest import tiny_model
-from tests.test_canvas import plain_tv, random_canvas
+from tests.test_canvas import jittered_positions, plain_tv, random_canvas
 from utils.cli import Parser
 from utils.errors import UserError
 from utils.flags import add_inversion_arguments, inversion_config
@@ -224,7 +224,7 @@ def test_batch_norm_statistics(resnet, jitter):
     ((_, term),) = Inverter(model, config, CPU).losses
     canvas = random_canvas(GRID, 7, torch.float32)
     image = canvas.grid.unpatchify(canvas.pixels.detach(), canvas.positions).roll((jitter.dy, jitter.dx), (-2, -1))
-    image, moved = image.flip(-1) if jitter.flip else image, canvas.jittered_positions(jitter)
+    image, moved = image.flip(-1) if jitter.flip else image, jittered_positions(canvas.positions, GRID, jitter)
     image = canvas.grid.unpatchify(canvas.grid.patchify(image)[torch.arange(3)[:, None], moved], moved)
     pixels = model.preprocessing.denormalize(image)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts.studies import views_and_canvas
-from scripts.studies.views_and_canvas import GridConfig, spaced, widths
+from scripts.studies.views_and_canvas import GridConfig, spaced
 from utils.errors import UserError
 
 SMALL = [
@@ -54,7 +54,6 @@ def test_images_that_calibrate_are_spread_over_the_labels():
     assert spaced(3, 9) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("text", ["8", "8/x", "/", "4/8/2"])
-def test_a_width_is_two_numbers(text):
-    with pytest.raises(UserError, match="not like 4/8"):
-        widths(text)
+def test_a_width_that_cannot_be_is_refused_before_anything_is_made():
+    with pytest.raises(UserError, match="--w_bit"):
+        GridConfig(bits=((1, 8),))

@@ -30,8 +30,8 @@ from inversion.canvas import draw_jitters
 from models import DEFAULT_MODEL, LoadedModel, load_model
 from scripts.bench.bench_inversion import Engine, random_positions, warm_up
 from utils.cli import Parser, positive
-from utils.device import device_name, pick_device, pick_dtype
-from utils.flags import add_device_arguments
+from utils.device import device_name, pick_device
+from utils.flags import add_device_arguments, add_inversion_arguments, inversion_config
 from utils.report import table
 
 CPU_ONLY = ("packed blocks", "written-out attention")
@@ -71,6 +71,8 @@ def parser() -> Parser:
     add("--operators", type=positive, default=20, help="operators to list")
     add_device_arguments(parser)
     add("--return_memory", action="store_true", help="CPU: let glibc give freed memory back, in the whole run")
+    add_inversion_arguments(parser)
+    parser.set_defaults(seed=0)
     return parser
 
 
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.return_memory:
         patch("inversion.engine.keep_freed_memory", lambda: None).start()
     device = pick_device(args.device, args.gpu)
-    config = InversionConfig(batch_size=args.batch, dtype=pick_dtype(args.dtype, device))
+    config = inversion_config(args, args.batch)
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
     grid = model.grid
     patches = min(args.patches or grid.count, grid.count)

@@ -544,15 +544,9 @@ def correlations(lines: Sequence[dict]) -> list[dict]:
 
 def spearman(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """Rank correlation; None where all values of one are the same."""
-    pair = torch.stack([mean_ranks(torch.tensor(values, dtype=torch.float64)) for values in (ours, theirs)])
-    found = torch.corrcoef(pair)[0, 1].item()
-    return found if math.isfinite(found) else None
+    from scipy.stats import spearmanr
 
-
-def mean_ranks(values: Tensor) -> Tensor:
-    """Ranks (N,) from 0; equal values have the mean of theirs."""
-    below, equal = ((values[:, None] > values).sum(1), (values[:, None] == values).sum(1))
-    return below + (equal - 1) / 2
+    return None if 1 in (len({*ours}), len({*theirs})) else float(spearmanr(ours, theirs)[0])
 
 
 def shown(value: float | None, deviation: float | None = None) -> str:

@@ -27,13 +27,13 @@ from inversion import InversionConfig
 from inversion.canvases import CANVASES
 from models.config import ModelConfig
 from quant import QuantConfig
+from scripts.compare import bits
 from scripts.comparison import Rows
 from scripts.studies.image_quality import Bench, Images, QualityConfig, cell, chosen_figures, markdown, shown
 from scripts.studies.train_judges import JudgeConfig, judges
 from utils.cli import Number, Parser, add_flags, check_numbers, from_flags, natural, positive, setting, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype, versions
-from utils.errors import UserError
 from utils.files import atomic, writable_folder, write_json
 from utils.lazy import torch
 from utils.report import table
@@ -63,8 +63,8 @@ class GridConfig:
     inversions: tuple[int, ...] = setting((0,), "seeds of images", nargs="+", type=natural, metavar="SEED")
     tv2: float = setting(1e-3, "weight of total variation on a canvas of pixels; a spectral one has none", type=weight)
     batch: int = setting(100, "images of an inversion batch", type=positive)
-    bits: tuple[str, ...] = setting(
-        (), "widths to calibrate at, such as 8/8 4/4; default none", nargs="*", metavar="W/A"
+    bits: tuple[tuple[int, int], ...] = setting(
+        (), "widths to calibrate at, such as 8/8 4/4; default none", nargs="*", type=bits, metavar="W/A"
     )
     calibration_images: int = setting(32, "images that calibrate", type=positive, metavar="N")
     fill: bool = setting(False, "fill stopped patches for calibration")
@@ -72,8 +72,8 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for text in self.bits:
-            widths(text)
+        for width in self.bits:
+            QuantConfig(*width)
 
     def cells(self, dtype: str) -> Iterator[tuple[dict[str, object], InversionConfig]]:
         """What each cell is called in the table, and its inversion."""
@@ -99,14 +99,6 @@ class GridConfig:
             yield {"its": length, "strategy": strategy, "canvas": canvas, "views": views, "seed": seed}, config
 
 
-def widths(text: str) -> tuple[int, int]:
-    """Bits of weights and activations, as `8/8` has them. Raises `UserError` for another text."""
-    parts = text.split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--bits {text} is not like 4/8")
-    return int(parts[0]), int(parts[1])
-
-
 def calibrated(bench: Bench, images: SparseImages, config: GridConfig) -> dict[str, float]:
     """Top-1 on the test images of models that these images calibrated, by width."""
     from quant import quantize
@@ -115,8 +107,8 @@ def calibrated(bench: Bench, images: SparseImages, config: GridConfig) -> dict[s
 
     few = images.at(spaced(len(images), config.calibration_images))
     models = {
-        text: quantize(bench.teacher, few, QuantConfig(*widths(text), observer="auto", fill=config.fill))
-        for text in config.bits
+        f"{width[0]}/{width[1]}": quantize(bench.teacher, few, QuantConfig(*width, observer="auto", fill=config.fill))
+        for width in config.bits
     }
     found = evaluate(models, evaluation_loader(bench.model, bench.data), torch.device("cpu"))
     return {text: one["top1"] for text, one in found.items()}
