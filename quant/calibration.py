@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from models import SparseImages, SparseViT
+from quant.compensation import compensate
 from quant.config import QuantConfig
 from quant.insert import observers, places, quantized_vit, quantizers, wrapped
 from quant.observers import OBSERVERS, MinMaxObserver, Observer
 from quant.reconstruction import reconstruct
 from quant.reparameterization import norm_sites, reparameterize
+from quant.rotation import rotated, rotations
 from quant.stages import correct_biases
 from utils.device import require_memory, within_memory
 from utils.errors import UserError
@@ -48,15 +50,16 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress
     require_memory_for(vit, config, len(images), images.positions.shape[1], vit.device)
     images = images.filled(vit.grid) if config.fill else images
     reference, quantized = calibrated(vit, images, config)
+    fitted = compensate(reference, quantized, images, config.batch_size, progress) if config.compensate else {}
     if config.reconstruct:
-        reconstruct(reference, quantized, images, config, progress)
+        reconstruct(reference, quantized, images, config, fitted, progress)
     if config.bias_correction:
         correct_biases(reference, quantized, images, config.batch_size)
     return quantized
 
 
 def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
-    """`config` with the observer that `auto` stands for at these widths and for this model.
+    """`config` with all that `auto` stands for at these widths and for this model.
 
     Raises `UserError`, without computing anything, where `vit` cannot be quantized as `config` says.
     """
@@ -64,14 +67,17 @@ def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
         return config
     if config.reconstruct and ranks() > 1:
         raise UserError("--reconstruct runs in one process; start it without torchrun")
-    chosen = dataclasses.replace(config, observer=config.method)
+    parts = rotations(vit)
+    chosen = config.resolved(rotates=bool(parts))
+    if chosen.rotate and not parts:
+        raise UserError(f"--rotate: nothing of this model can be rotated: {'; '.join(parts.refused())}")
     if OBSERVERS[chosen.observer].reparameterize:
         try:
             norm_sites(vit)
         except UserError:
             if config.observer != "auto":
                 raise
-            chosen = dataclasses.replace(config, observer="mse")
+            chosen = dataclasses.replace(chosen, observer="mse")
     chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
     return chosen
 
@@ -113,16 +119,16 @@ def require_batches(count: int, config: QuantConfig) -> None:
 
 
 def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
-    """The full-precision model, reparameterized if the observer does so and `wrapped`, and its quantized copy.
+    """The full-precision model, rotated and reparameterized if it shall be and `wrapped`, and its quantized copy.
 
     Arguments and errors are those of `quantize`.
     """
     if not len(images):
         raise UserError("there are no calibration images")
     require_batches(len(images), config)
-    reference, fixed = vit, {}
+    reference, fixed = rotated(vit, config.seed) if config.rotate else vit, {}
     if OBSERVERS[config.method].reparameterize:
-        reference, fixed = _reparameterized(vit, images, config)
+        reference, fixed = _reparameterized(reference, images, config)
     quantized = quantized_vit(reference, config)
     for name, (scale, zero_point) in fixed.items():
         quantized.get_submodule(f"{name}.quantizer").fix(scale, zero_point)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, replace
 
 from quant.observers import OBSERVERS
 from utils.cli import any_seed, check_numbers, positive, rate, setting
@@ -10,6 +11,9 @@ from utils.errors import UserError
 
 BITS = (*range(2, 9), 32)
 KEPT_BITS = 8
+RECONSTRUCTION_LOSSES = ("mse", "fisher", "global")
+"""Keys of `quant.losses.LOSSES`, which needs torch."""
+EITHER = {"action": argparse.BooleanOptionalAction}
 OLDEST_OPSET, INT4_OPSET = 17, 21
 """The first with layer norms, and the first with int4."""
 # What --keep calls parts of the model, and how its layers' names begin.
@@ -37,7 +41,9 @@ def parts(text: str) -> tuple[str, ...]:
 class QuantConfig:
     """Everything that a quantized model depends on besides the model and the images.
 
-    `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of what `reconstruct` draws.
+    `rotate`, `compensate` and `fill` that are None are what the observer `auto` takes at these widths, of any other one
+    off; `resolved` says which. `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of the matrices of
+    `rotate` and of what `reconstruct` draws.
 
     Raises `UserError` for values that cannot be, or not together.
     """
@@ -47,18 +53,33 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: repq below 8 bits of activations, else mse",
+        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
-    fill: bool = setting(
-        False, "calibrate on full grids: stopped patches as pools show them, else their nearest kept ones"
+    rotate: bool | None = setting(
+        None, "rotate residual stream and heads, exactly, so that channels are alike; default: --observer decides", **EITHER
+    )
+    compensate: bool | None = setting(
+        None, "fit each layer to its quantized input and round its weights in turn; default: --observer decides", **EITHER
+    )
+    fill: bool | None = setting(
+        None,
+        "calibrate on full grids: stopped patches as pools show them, else their nearest kept ones; default: --observer "
+        "decides",
+        **EITHER,
     )
     keep: tuple[str, ...] = setting(
         (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
     )
     bias_correction: bool = setting(False, "shift biases until every layer's mean output is as it was")
     reconstruct: bool = setting(False, "learn rounding and ranges, block by block, on the images")
+    reconstruct_loss: str = setting(
+        "mse",
+        "what its blocks are asked for: their output (mse), by what it does to the predictions (fisher: FIMA-Q), or with "
+        "the last features behind it (global: GLF-Q)",
+        choices=RECONSTRUCTION_LOSSES,
+    )
     reconstruct_steps: int = setting(300, "steps for each block", type=positive)
     reconstruct_seconds: float | None = setting(None, "its time limit in s; default none", type=rate, metavar="S")
     batch_size: int = 32
@@ -77,29 +98,48 @@ class QuantConfig:
             raise UserError("--symmetric is about activations, which --a_bit 32 leaves alone")
         if self.w_bit == 32 and self.reconstruct:
             raise UserError("--reconstruct learns how weights are rounded, and --w_bit 32 leaves them alone")
+        if self.reconstruct_loss not in RECONSTRUCTION_LOSSES:
+            losses = ", ".join(RECONSTRUCTION_LOSSES)
+            raise UserError(f"--reconstruct_loss {self.reconstruct_loss} is not one of {losses}")
+        if self.reconstruct_loss != "mse" and not self.reconstruct:
+            raise UserError("--reconstruct_loss is what --reconstruct lowers, which is not given")
         if self.reconstruct_seconds is not None and not self.reconstruct:
             raise UserError("--reconstruct_seconds is the limit of --reconstruct, which is not given")
         if self.w_bit == self.a_bit == 32:
-            for flag in ("--keep", "--bias_correction", "--fill"):
+            for flag in ("--keep", "--bias_correction", "--fill", "--rotate", "--compensate"):
                 if getattr(self, flag.removeprefix("--")):
                     raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
         if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
             raise UserError(f"--keep is for layers that shall have {KEPT_BITS} bits where the others have fewer")
 
+    def resolved(self, rotates: bool = True) -> QuantConfig:
+        """What `auto` stands for at these widths, of a model of which something can be rotated or (`rotates`) nothing.
+
+        With 8 bits ranges are all that it takes; with fewer, what docs/quantize.md has the tables of.
+        """
+        auto, few = self.observer == "auto", min(self.w_bit, self.a_bit) < 8
+        given = {key: getattr(self, key) for key in ("rotate", "compensate", "fill")}
+        chosen = {key: auto and few if value is None else value for key, value in given.items()}
+        if self.rotate is None and not rotates:
+            chosen["rotate"] = False
+        if auto:
+            chosen["observer"] = ("heads" if chosen["rotate"] or self.a_bit == 32 else "repq") if few else "mse"
+        return replace(self, **chosen)
+
     @property
     def method(self) -> str:
         """The observer that is used: what `auto` stands for at these widths."""
-        if self.observer != "auto":
-            return self.observer
-        if self.a_bit == 32:
-            return "mse"
-        return "repq" if self.a_bit < 8 else "mse"
+        return self.resolved().observer
 
     def widths(self, names: list[str], blocks: int) -> dict[str, tuple[int, int]]:
         """Bits of the weight and of the input, by name of the layer or tap. Raises `UserError` as `kept` does."""
         narrow, wide = (self.w_bit, self.a_bit), (max(self.w_bit, KEPT_BITS), max(self.a_bit, KEPT_BITS))
         wide_names = kept(self.keep, names, blocks)
-        return {name: wide if name in wide_names else narrow for name in names}
+        found = {name: wide if name in wide_names else narrow for name in names}
+        if OBSERVERS[self.method].wide_input:
+            w_bit, a_bit = found[PARTS["first"]]
+            found[PARTS["first"]] = w_bit, max(a_bit, KEPT_BITS)
+        return found
 
 
 def kept(keep: tuple[str, ...], names: list[str], blocks: int) -> set[str]:

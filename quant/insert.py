@@ -23,16 +23,23 @@ Quantizer = ActivationQuantizer | LogSqrt2Quantizer
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer (or the patch projection) with a quantizer on its input and its weight rounded once.
+    """A linear layer (or the patch projection) with a quantizer on its input and its weight rounded once, or later.
 
     `weight_scale` (out,) is the scale of each output channel, None where the weight is left alone.
     """
 
-    def __init__(self, linear: nn.Linear, quantizer: nn.Module, w_bit: int, weight_scale: Tensor | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        quantizer: nn.Module,
+        w_bit: int,
+        weight_scale: Tensor | None,
+        rounded: bool = True,
+    ) -> None:
         super().__init__()
         self.quantizer, self.linear, self.w_bit = quantizer, linear, w_bit
         self.register_buffer("weight_scale", weight_scale)
-        if weight_scale is not None:
+        if weight_scale is not None and rounded:
             linear.weight = nn.Parameter(round_weight(linear.weight, weight_scale, w_bit), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,14 +65,17 @@ def quantized_vit(
 ) -> SparseViT:
     """A copy of `vit` with rounded weights and observing activation quantizers.
 
-    `scale_of` gives a weight's scales for a width in bits; by default it is the observer's. Raises `UserError` where
-    `config.keep` names nothing.
+    `scale_of` gives a weight's scales for a width in bits; by default it is the observer's, and weights that
+    `config.compensate` is for wait for it. Raises `UserError` where `config.keep` names nothing.
     """
     vit = copy.deepcopy(vit).requires_grad_(False)
     if config.w_bit == config.a_bit == 32:
         return vit
     method = OBSERVERS[config.method]
-    scale_of = scale_of or (least_error_scale if method.least_error_weights else largest_value_scale)
+    waits = config.compensate and scale_of is None
+    if scale_of is None:
+        searched = method.least_error_weights and not waits
+        scale_of = least_error_scale if searched else largest_value_scale
     found = places(vit, method)
     for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
         quantizer: nn.Module = nn.Identity()
@@ -73,14 +83,21 @@ def quantized_vit(
             if method.log_probs and name.endswith("tap_probs"):
                 quantizer = LogSqrt2Quantizer(a_bit, method.observer(a_bit))
             else:
-                observer = method.observer(a_bit, symmetric=config.symmetric)
-                quantizer = ActivationQuantizer(a_bit, observer, config.symmetric)
+                heads = _heads(vit, name) if method.per_head else None
+                observer = method.observer(a_bit, heads, config.symmetric)
+                quantizer = ActivationQuantizer(a_bit, observer, config.symmetric, heads)
         layer = found[name]
         if isinstance(layer, nn.Linear):
             scale = scale_of(layer.weight, w_bit) if w_bit < 32 else None
-            quantizer = QuantizedLinear(layer, quantizer, w_bit, scale)
+            quantizer = QuantizedLinear(layer, quantizer, w_bit, scale, rounded=not waits)
         vit.set_submodule(name, quantizer)
     return vit
+
+
+def _heads(vit: SparseViT, name: str) -> int | None:
+    """How many heads the tensor at a tap has; None where it has none, as the input of a layer."""
+    block, _, leaf = name.rpartition(".")
+    return vit.get_submodule(block).heads if leaf in ("tap_q", "tap_k", "tap_v", "tap_probs") else None
 
 
 def wrapped(vit: SparseViT) -> SparseViT:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 EPS = 2.0**-23
 """Of float32."""
+AT_ONCE = 2**21
+"""Numbers in the largest tensor of a search for a range."""
 
 
 def codes(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -151,16 +153,18 @@ class MSEObserver(HistogramObserver):
 
     def _least(self, ranges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Of these ranges, in each row that with the least error."""
-        errors = torch.stack([self._error(low, high) for low, high in ranges]).argmin(dim=0, keepdim=True)
-        low, high = (torch.stack(ends).gather(0, errors)[0] for ends in zip(*ranges, strict=True))
-        return low, high
+        lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        several = max(1, AT_ONCE // self.counts.numel())
+        pairs = zip(lows.split(several), highs.split(several), strict=True)
+        least = torch.cat([self._error(low, high) for low, high in pairs]).argmin(dim=0, keepdim=True)
+        return lows.gather(0, least)[0], highs.gather(0, least)[0]
 
     def _error(self, low: Tensor, high: Tensor) -> Tensor:
-        """Squared error (rows,) of what was counted, rounded in a range (rows,)."""
-        x, scale = self._centers(), ((high - low) / (2**self.bits - 1)).clamp(min=EPS)[:, None]
-        zero_point = (-low[:, None] / scale).round()
-        rounded = (((x / scale).round() + zero_point).clamp(0, 2**self.bits - 1) - zero_point) * scale
-        error = ((rounded - x).square() * self.counts).sum(dim=1)
+        """Squared error (candidates, rows) of what was counted, rounded in ranges (candidates, rows)."""
+        x, scale = self._centers(), ((high - low) / (2**self.bits - 1)).clamp(min=EPS)[..., None]
+        zero_point = (-low[..., None] / scale).round()
+        rounded = (x / scale).round_().add_(zero_point).clamp_(0, 2**self.bits - 1).sub_(zero_point).mul_(scale)
+        error = rounded.sub_(x).square_().mul_(self.counts).sum(dim=-1)
         return torch.where(high > low, error, torch.inf)
 
 
@@ -178,6 +182,10 @@ class Method:
     """Ranges per channel of what a layer norm puts out, moved into it and the next layer: `reparameterize`."""
     log_probs: bool = False
     """Softmax outputs in powers of the square root of two: `LogSqrt2Quantizer`."""
+    per_head: bool = False
+    """One range for each head of q, k, v and softmax outputs."""
+    wide_input: bool = False
+    """The patch projection's input at 8 bits or more, as images have them."""
 
 
 # Every residual sum, the embeddings and the scores: what the paper's code quantizes.
@@ -190,4 +198,5 @@ OBSERVERS: dict[str, Method] = {
     "percentile": Method(PercentileObserver, FACTORS),
     "mse": Method(MSEObserver, FACTORS),
     "repq": Method(MSEObserver, FACTORS, reparameterize=True, log_probs=True),
+    "heads": Method(MSEObserver, FACTORS, per_head=True, wide_input=True),
 }

@@ -121,22 +121,35 @@ class Graph:
     def quantized(
         self, x: str, quantizer: nn.Module, transposed: tuple[int, ...] | None = None, factor: float = 1.0
     ) -> str:
-        """What a tap lets through, its axes transposed, times `factor`."""
+        """What a tap lets through, its axes transposed, times `factor`.
+
+        With a range for each head `x` is (B, heads, ..), or becomes so by `transposed`.
+        """
         if isinstance(quantizer, ActivationQuantizer):
             scale, stored = quantizer.scale, np.int8 if quantizer.symmetric else np.uint8
             zero_point = self.constant(quantizer.zero_point, stored)
+            before, after = {}, {}
+            if quantizer.heads is not None:
+                before, after = {"axis": 1 if transposed is None else transposed[1]}, {"axis": 1}
             if quantizer.bits < 8:  # eight bits are stored, the range of fewer is used
-                ends = (torch.tensor([quantizer.low, quantizer.high]) - quantizer.zero_point) * scale
-                x = self.op("Clip", x, self.constant(ends[0]), self.constant(ends[1]))
-            x = self.op("QuantizeLinear", x, self.constant(scale), zero_point)
+                x = self.clipped(x, quantizer, before.get("axis"))
+            x = self.op("QuantizeLinear", x, self.constant(scale), zero_point, **before)
             if transposed is not None:
                 x = self.op("Transpose", x, perm=transposed)
-            return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point)
+            return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point, **after)
         if isinstance(quantizer, LogSqrt2Quantizer):
             x = self.log_sqrt2(x, quantizer)
         if transposed is not None:
             x = self.op("Transpose", x, perm=transposed)
         return x if factor == 1.0 else self.op("Mul", x, self.constant(factor))
+
+    def clipped(self, x: str, quantizer: ActivationQuantizer, axis: int | None) -> str:
+        """`x`, of four axes where heads are along `axis`, within the range of its quantizer."""
+        low, high = ((end - quantizer.zero_point) * quantizer.scale for end in (quantizer.low, quantizer.high))
+        if axis is None:
+            return self.op("Clip", x, self.constant(low), self.constant(high))
+        shape = [-1 if number == axis else 1 for number in range(4)]
+        return self.op("Min", self.op("Max", x, self.constant(low.view(shape))), self.constant(high.view(shape)))
 
     def log_sqrt2(self, x: str, quantizer: LogSqrt2Quantizer) -> str:
         """`quant.quantizers.log_sqrt2`."""

@@ -9,25 +9,29 @@ from quant.observers import EPS, Observer, codes
 
 
 class ActivationQuantizer(nn.Module):
-    """Per tensor: q = clamp(round(x / scale) + zero_point, low, high), of 0 to 2^bits - 1.
+    """Per tensor, or for each head: q = clamp(round(x / scale) + zero_point, low, high), of 0 to 2^bits - 1.
 
-    A symmetric one has codes from -2^(bits - 1) to 2^(bits - 1) - 1, and a zero point of 0.
+    A symmetric one has codes from -2^(bits - 1) to 2^(bits - 1) - 1, and a zero point of 0. `heads`: how many, of
+    tensors (B, heads, ..); None: the tensor has one range.
 
-    Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`.
+    Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`, () or (heads,).
     """
 
-    def __init__(self, bits: int, observer: Observer | None, symmetric: bool = False) -> None:
+    def __init__(
+        self, bits: int, observer: Observer | None, symmetric: bool = False, heads: int | None = None
+    ) -> None:
         super().__init__()
-        self.bits, self.symmetric = bits, symmetric
+        self.bits, self.symmetric, self.heads = bits, symmetric, heads
         self.low, self.high = codes(bits, symmetric)
         self.observer = observer
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        shape = () if heads is None else (heads,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
 
     def freeze(self) -> None:
         """Fix the range; zero is always represented exactly. Raises `RuntimeError` if nothing was observed."""
         low, high = self.observer.range()
-        if not low <= high:
+        if not bool((low <= high).all()):
             raise RuntimeError("this quantizer saw no tensor during calibration")
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.symmetric:
@@ -37,15 +41,21 @@ class ActivationQuantizer(nn.Module):
         self.fix(scale, (-low / scale).round().clamp(0, self.high).int())
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Quantize from now on, with this scale () and zero point (), int32."""
+        """Quantize from now on, with this scale and zero point, () or (heads,), int32."""
         # Copies: two readers of one norm are fixed to the same tensors, and files hold no shared ones.
         self.scale, self.zero_point, self.observer = scale.clone(), zero_point.clone(), None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer.observe(x)
+            self.observer.observe(x if self.heads is None else x.movedim(1, -1))
             return x
+        if self.heads is not None:
+            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, 1, self.low, self.high)
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values () or (heads,) as they are broadcast over a tensor that is quantized."""
+        return values if self.heads is None else values[:, None, None]
 
 
 class LogSqrt2Quantizer(nn.Module):
@@ -103,10 +113,12 @@ def largest_value_scale(weight: Tensor, bits: int) -> Tensor:
 
 def least_error_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
     """The scale (out,) of each output channel of a weight (out, in) with the least squared rounding error."""
+    weight, high = weight.detach(), 2 ** (bits - 1) - 1
     largest = largest_value_scale(weight, bits)
     best, least = largest, torch.full_like(largest, torch.inf)
     for share in torch.linspace(1, 0.2, candidates).tolist():
         scale = (largest * share).clamp(min=EPS)
-        error = (round_weight(weight, scale, bits) - weight).square().sum(dim=1)
+        each = scale[:, None]
+        error = (weight / each).round_().clamp_(-high - 1, high).mul_(each).sub_(weight).square_().sum(dim=1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best

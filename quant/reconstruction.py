@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from models import SparseImages, SparseViT
 from quant.config import QuantConfig
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
+from quant.losses import LOSSES
 from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
 
@@ -73,7 +74,8 @@ class LearnedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, ActivationQuantizer):
-            scale, zero_point = self.log_scale.exp(), self.quantizer.zero_point
+            spread = self.quantizer.spread
+            scale, zero_point = spread(self.log_scale.exp()), spread(self.quantizer.zero_point)
             level = (x / scale + zero_point).clamp(self.quantizer.low, self.quantizer.high)
             out = (level + (level.round() - level).detach() - zero_point) * scale
         else:
@@ -89,7 +91,12 @@ class LearnedQuantizer(nn.Module):
 
 
 def reconstruct(
-    reference: SparseViT, quantized: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False
+    reference: SparseViT,
+    quantized: SparseViT,
+    images: SparseImages,
+    config: QuantConfig,
+    fitted: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
 ) -> None:
     """Learn the rounding and the ranges of `quantized`, in place, stage by stage.
 
@@ -99,6 +106,7 @@ def reconstruct(
         images: calibration images, any number; `STEP_IMAGES` a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
+        fitted: weights that rounding starts from, by the names of their layers; None: the full-precision ones.
         progress: show a progress bar on stderr.
     """
     generator = torch.Generator(quantized.device).manual_seed(config.seed)
@@ -110,7 +118,7 @@ def reconstruct(
         for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)
-            _reconstruct_stage(stage, reference, quantized, config, step_images, seconds, generator, bar)
+            _reconstruct_stage(stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar)
             bar.update((number + 1) * config.reconstruct_steps - bar.n)
 
 
@@ -119,6 +127,7 @@ def _reconstruct_stage(
     reference: SparseViT,
     quantized: SparseViT,
     config: QuantConfig,
+    fitted: Mapping[str, Tensor],
     step_images: int,
     seconds: float | None,
     generator: torch.Generator,
@@ -127,8 +136,9 @@ def _reconstruct_stage(
     inputs, quantized_inputs = _joined(stage.inputs), _joined(stage.quantized_inputs)
     with torch.no_grad():
         target = torch.cat([stage.run(reference, *batch) for batch in stage.inputs])
+    wanted = LOSSES[config.reconstruct_loss](stage, reference, target, config.batch_size)
     start = time.monotonic()
-    with _learning(stage, reference, quantized, generator) as (roundings, scales):
+    with _learning(stage, reference, quantized, fitted, generator) as (roundings, scales):
         groups = [([rounding.raised for rounding in roundings], ROUNDING_LR), (scales, SCALE_LR)]
         optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in groups if params])
         for step in range(config.reconstruct_steps):
@@ -139,8 +149,8 @@ def _reconstruct_stage(
                 break
             chosen = torch.randperm(len(target), generator=generator, device=target.device)[:step_images]
             mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
-            error = (stage.run(quantized, *mixed) - target[chosen]).square().sum(dim=-1).mean()
-            loss = error
+            wanted.look(progress, lambda n: stage.run(quantized, *(x[:n] for x in quantized_inputs)))
+            loss = error = wanted(stage.run(quantized, *mixed), chosen)
             if progress > WARM_UP:
                 power = 2 + 18 * (1 - progress) / (1 - WARM_UP)
                 loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
@@ -154,14 +164,18 @@ def _reconstruct_stage(
 
 @contextlib.contextmanager
 def _learning(
-    stage: Stage, reference: SparseViT, quantized: SparseViT, generator: torch.Generator
+    stage: Stage,
+    reference: SparseViT,
+    quantized: SparseViT,
+    fitted: Mapping[str, Tensor],
+    generator: torch.Generator,
 ) -> Iterator[tuple[list[AdaptiveRounding], list[nn.Parameter]]]:
     """Put what can be learned in the place of the stage's layers and quantizers; at the end, what was learned."""
     originals, layers, learned = quantized_layers(reference), [], {}
     for name, layer in quantized_layers(quantized).items():
         if stage.owns(name) and layer.weight_scale is not None:
             layers.append((layer, layer.linear))
-            layer.linear = AdaptiveRounding(layer, originals[name].linear.weight)
+            layer.linear = AdaptiveRounding(layer, fitted.get(name, originals[name].linear.weight))
     for name, quantizer in quantizers(quantized).items():
         if stage.owns(name):
             learned[name] = LearnedQuantizer(quantizer, generator)

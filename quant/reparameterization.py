@@ -29,12 +29,7 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
 
     Raises `UserError` for a norm without scale and offset, which nothing can be moved into.
     """
-    sites = []
-    for i in range(len(vit.blocks)):
-        sites.append(NormSite(f"blocks.{i}.norm1", _named(vit, f"blocks.{i}", "qkv", "gate")))
-        readers = _named(vit, f"blocks.{i}.mlp", "fc1", "fc1_g", "fc1_x")
-        sites.append(NormSite(f"blocks.{i}.norm2", readers))
-    classifiers = _named(vit, "head", "head", "head_dist")
+    sites, classifiers = block_sites(vit), _named(vit, "head", "head", "head_dist")
     if isinstance(vit.head.fc_norm, nn.LayerNorm):
         sites.append(NormSite("head.fc_norm", classifiers))
     elif vit.head.attn_pool is None and vit.head.pool_type == "token":  # else it reads what the norm did not put out
@@ -43,6 +38,15 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
         norm = vit.get_submodule(site.norm)
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             raise UserError(f"--observer repq: {site.norm} is no layer norm with scale and offset; take --observer mse")
+    return sites
+
+
+def block_sites(vit: SparseViT) -> list[NormSite]:
+    """Both norms of every block."""
+    sites = []
+    for i in range(len(vit.blocks)):
+        sites.append(NormSite(f"blocks.{i}.norm1", _named(vit, f"blocks.{i}", "qkv", "gate")))
+        sites.append(NormSite(f"blocks.{i}.norm2", _named(vit, f"blocks.{i}.mlp", "fc1", "fc1_g", "fc1_x")))
     return sites
 
 

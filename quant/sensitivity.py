@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from models import SparseImages, SparseViT
-from quant.calibration import calibrated
+from quant.calibration import calibrated, fitting
 from quant.config import QuantConfig
 from quant.fidelity import divergence, log_probabilities
 from quant.insert import places
@@ -27,8 +28,10 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig, progr
         Kullback-Leibler divergence of the prediction from the full-precision one, in nats) and `changed` (per cent of
         the images that are classified otherwise).
     """
+    config = fitting(vit, config)
     images = images.filled(vit.grid) if config.fill else images
-    reference, quantized = calibrated(vit, images, config)
+    # Alone, a layer has no error in front of it that it could answer for.
+    reference, quantized = calibrated(vit, images, dataclasses.replace(config, compensate=False))
     names = list(places(vit, OBSERVERS[config.method]))
     widths = config.widths(names, len(vit.blocks))
     expected = log_probabilities(reference, images, config.batch_size)

@@ -19,13 +19,34 @@ Run = Callable[..., Tensor]
 class Stage:
     """A part of the model, and what both models feed it: a tuple of tensors for each batch of calibration images.
 
-    `run(vit, *batch)` is its output of either model; `prefixes` is how the names of what it holds begin.
+    `run(vit, *batch)` is its output of either model; `prefixes` is how the names of what it holds begin; `behind` are
+    the runs of the stages that follow.
     """
 
     prefixes: tuple[str, ...]
     run: Run
     inputs: list[tuple[Tensor, ...]]
     quantized_inputs: list[tuple[Tensor, ...]]
+    behind: tuple[Run, ...]
+
+    @property
+    def last(self) -> bool:
+        """Whether its output are logits."""
+        return not self.behind
+
+    def logits(self, vit: SparseViT, out: Tensor) -> Tensor:
+        """What `vit` makes of an output of this stage: logits (B, classes)."""
+        for run in self.behind:
+            out = run(vit, out)
+        return out
+
+    def features(self, vit: SparseViT, out: Tensor) -> Tensor:
+        """The same without the classifier: what it reads, of the last stage its output."""
+        if self.last:
+            return out
+        for run in self.behind[:-1]:
+            out = run(vit, out)
+        return vit.head.features(vit.norm(out))
 
     def owns(self, name: str) -> bool:
         """Whether the stage holds the module of this name."""
@@ -52,8 +73,10 @@ def walk(reference: SparseViT, quantized: SparseViT, images: SparseImages, batch
     device = quantized.device
     inputs = [(b.patches.to(device), b.positions.to(device)) for b in images.batches(batch_size)]
     quantized_inputs = inputs
-    for prefixes, run in stages(quantized):
-        yield Stage(prefixes, run, inputs, quantized_inputs)
+    all_stages = stages(quantized)
+    for number, (prefixes, run) in enumerate(all_stages):
+        behind = tuple(run for _, run in all_stages[number + 1 :])
+        yield Stage(prefixes, run, inputs, quantized_inputs, behind)
         with torch.no_grad():
             inputs = [(run(reference, *batch),) for batch in inputs]
             quantized_inputs = [(run(quantized, *batch),) for batch in quantized_inputs]

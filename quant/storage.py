@@ -19,6 +19,7 @@ from quant.calibration import fitting, quantize
 from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
+from quant.rotation import without_scales
 from utils.device import device_name, versions
 from utils.errors import UserError
 from utils.files import atomic, read_json, require_fields, user_path, writable_folder, write_json
@@ -170,7 +171,9 @@ def load_quantized(folder: str | Path) -> SparseViT:
     try:
         vit = bare_model(about["architecture"], about["arguments"])
         quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}
-        quantized = quantized_vit(SparseViT(vit), QuantConfig(**quantization), scale_of=largest_value_scale)
+        config, bare = QuantConfig(**quantization), SparseViT(vit)
+        bare = without_scales(bare) if config.rotate else bare
+        quantized = quantized_vit(bare, config, scale_of=largest_value_scale)
         state = load_file(folder / WEIGHTS)
         for name, layer in quantized_layers(quantized).items():
             if layer.weight_scale is not None:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from models import LoadedModel
+from models import LoadedModel, PatchGrid, SparseImages
 from models.registry import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +50,13 @@ def tiny_model(**kwargs) -> LoadedModel:
     size = (3, *vit.patch_embed.img_size)
     preprocessing = Preprocessing(size, (0.48, 0.45, 0.41), (0.23, 0.22, 0.21), "bicubic", 1.0, "center")
     return LoadedModel("tiny", vit, preprocessing, None, ("deit_tiny_patch16_224", TINY_ARGS | kwargs))
+
+
+def whole_images(count: int, seed: int = 0) -> SparseImages:
+    """Noise with all its patches, for `tiny_vit`."""
+    grid, generator = PatchGrid(4, 4, 8, 8), torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=generator)
+    return SparseImages.whole(grid, images, torch.zeros(count, dtype=torch.long))
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def remedies(config: QuantConfig, mode: int | None) -> list[str]:
     few = min(config.w_bit, config.a_bit) < 8
     tried = {
         "--mode 0": mode == 1,
-        "--observer auto": config.observer == "minmax",
+        "--observer auto": few and not config.compensate,
         "--reconstruct": config.w_bit < 32 and not config.reconstruct,
         "--keep with these": few,
         "more bits": few,

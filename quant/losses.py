@@ -1,0 +1,124 @@
+"""What a stage's output is asked for during reconstruction: the values of `--reconstruct_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import SparseViT
+from quant.stages import Stage
+
+MOMENTS = 5
+"""At which `fisher` looks at gradients, evenly spaced over a stage's steps."""
+TEMPERATURE = 20.0
+"""Of the predictions whose divergence `fisher` differentiates."""
+LOOKED_AT = 32
+"""Images that it takes them from."""
+
+
+class Loss(Protocol):
+    """Made for a stage, from what the full-precision model gives there; knows how far a step's output is from it."""
+
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None: ...
+
+    def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
+        """Before a step, at this share of all steps; `outputs(n)` is what the stage gives of the first n images now."""
+
+    def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
+        """The loss () of the outputs (B, ..) of the images `chosen` (B,), int64."""
+
+
+class SquaredError:
+    """Squared distance of a token, mean over tokens (BRECQ, Li et al., ICLR 2021)."""
+
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
+        self.target = target
+
+    def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
+        """Nothing to see."""
+
+    def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
+        return (out - self.target[chosen]).square().sum(dim=-1).mean()
+
+
+class Global(SquaredError):
+    """That, and the distance of what the classifier reads once the stages behind have run in full precision (GLF-Q).
+
+    The two count alike in the first step.
+    """
+
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
+        super().__init__(stage, reference, target, batch_size)
+        self.through, self.weight = stage.features, None
+        self.reference = reference
+        with torch.no_grad():
+            self.features = torch.cat([self.through(reference, part) for part in target.split(batch_size)])
+
+    def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
+        local = super().__call__(out, chosen)
+        last = (self.through(self.reference, out) - self.features[chosen]).square().sum(dim=-1).mean()
+        if self.weight is None:
+            self.weight = local.detach() / last.detach().clamp(min=1e-30)
+        return local + self.weight * last
+
+
+class Fisher(SquaredError):
+    """The error weighted by what it does to the predictions: diagonal and low rank of the Fisher matrix (FIMA-Q).
+
+    With e = |error| (B, T D) of an image, g_k the mean over images of the gradient's magnitude at the k-th moment and d_k
+    the mean of e there, G and D of these rows: (e G^T)(D D^T)^-1 (e G^T)^T + mean(e^2 mean_k g_k), each relative to its
+    first value, times that of the squared error. The classifier's is the divergence itself. Gradients are those of the
+    divergence of predictions at `TEMPERATURE`, the stages behind in full precision, of `LOOKED_AT` images.
+    """
+
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
+        super().__init__(stage, reference, target, batch_size)
+        self.stage, self.reference, self.few = stage, reference, batch_size
+        self.gradients, self.errors, self.first = [], [], None
+        with torch.no_grad():
+            logits = [stage.logits(reference, part) for part in target.split(batch_size)]
+        self.wanted = (torch.cat(logits) / TEMPERATURE).log_softmax(dim=-1)
+
+    def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
+        """Take the gradients of the next moment once it has come."""
+        if self.stage.last or progress * MOMENTS < len(self.gradients):
+            return
+        with torch.no_grad():
+            out = outputs(min(LOOKED_AT, len(self.target)))
+        magnitudes = []
+        for part, wanted in zip(out.split(self.few), self.wanted[: len(out)].split(self.few), strict=True):
+            part = part.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._divergence(self.stage.logits(self.reference, part), wanted), part)
+            magnitudes.append(gradient.abs().flatten(1))
+        self.gradients.append(torch.cat(magnitudes).mean(dim=0))
+        self.errors.append((out - self.target[: len(out)]).abs().flatten(1).mean(dim=0))
+        self.first = None
+        moments = torch.stack(self.errors).double()
+        damping = 1e-6 * torch.eye(len(moments), dtype=torch.float64).to(moments)
+        squared = moments @ moments.T
+        self.inverse = torch.linalg.inv(squared + damping * squared.diagonal().mean().clamp(min=1e-30)).float()
+
+    def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
+        if self.stage.last:
+            return self._divergence(out, self.wanted[chosen]) * TEMPERATURE**2
+        error = (out - self.target[chosen]).abs().flatten(1)
+        gradients = torch.stack(self.gradients)
+        along = error @ gradients.T
+        parts = ((along @ self.inverse) * along).sum(dim=1).mean(), (error.square() * gradients.mean(dim=0)).mean()
+        if self.first is None:
+            local = super().__call__(out, chosen).detach()
+            self.first = [0.5 * local / part.detach().clamp(min=1e-30) for part in parts]
+        return sum(first * part for first, part in zip(self.first, parts, strict=True))
+
+    @staticmethod
+    def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from what is wanted, log-probabilities (B, classes), summed over images."""
+        found = (logits / TEMPERATURE).log_softmax(dim=-1)
+        return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+LOSSES: dict[str, type[Loss]] = {"mse": SquaredError, "fisher": Fisher, "global": Global}
