@@ -39,6 +39,8 @@ def print_summary(report: dict, output: Path) -> None:
     ]
     print(f"\n{report['model']}, {report['calibration_images']} {report['calibration']} calibration images")
     print(table(["model", "top-1 %", "top-5 %", "loss"], rows))
+    if report["chosen"]:
+        print(report["chosen"])
     if report["mode"] == 0:
         print(f"inversion: {duration(report['inversion']['seconds'])}, images in {report['inversion']['pool']}")
     if "check" in report:

@@ -13,11 +13,12 @@ PRESETS: dict[str, dict[str, object]] = {
     "quantize": {
         "prior": ["deepinversion"],
         "strategy": "smi",
-        "iterations": 150,
+        "iterations": 30,
         "init": "pink",
         "lr_schedule": "cosine",
-        "prune_it": [15, 30, 45, 60],
+        "prune_it": [3, 6, 9, 12],
         "prune_ratio": [0.3, 0.3, 0.3, 0.3],
+        "tv2": 1e-3,
     },
     "transfer": {
         "prior": ["deepinversion"],

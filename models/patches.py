@@ -134,6 +134,24 @@ class SparseImages:
         """The last `count` images, all of them if there are no more."""
         return self.at(slice(max(len(self) - count, 0), None))
 
+    def put_together(self, grid: PatchGrid) -> SparseImages:
+        """The images of each trajectory as one, on full grids; what is still empty is `filled`.
+
+        Of one trajectory are images that follow one another, have the same label and no patch in common.
+        """
+        parts: list[SparseImages] = []
+        taken = torch.zeros(grid.count, dtype=torch.bool)
+        for one in self.batches(1):
+            positions = one.positions[0].cpu()
+            if parts and one.labels[0] == parts[-1].labels[0] and not taken[positions].any():
+                both = (torch.cat([getattr(p, key) for p in (parts[-1], one)], dim=1) for key in ("patches", "positions"))
+                parts[-1] = SparseImages(*both, one.labels)
+            else:
+                parts.append(one)
+                taken.zero_()
+            taken[positions] = True
+        return SparseImages.of_parts([part.filled(grid) for part in parts])
+
     def filled(self, grid: PatchGrid) -> SparseImages:
         """Full grids: a place without a kept patch gets the stopped one, or a copy of the nearest of the same image."""
         shown = self.shown()

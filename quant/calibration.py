@@ -13,7 +13,7 @@ from quant.compensation import compensate
 from quant.config import QuantConfig
 from quant.insert import observers, places, quantized_vit, quantizers, wrapped
 from quant.observers import OBSERVERS, MinMaxObserver, Observer
-from quant.reconstruction import reconstruct
+from quant.reconstruction import FinishedStages, reconstruct
 from quant.reparameterization import norm_sites, reparameterize
 from quant.rotation import rotated, rotations
 from quant.stages import correct_biases
@@ -29,7 +29,13 @@ def calibrate(
     return quantize(vit, images, QuantConfig(w_bit, a_bit, observer, batch_size=batch_size))
 
 
-def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False) -> SparseViT:
+def quantize(
+    vit: SparseViT,
+    images: SparseImages,
+    config: QuantConfig,
+    progress: bool = False,
+    finished: FinishedStages | None = None,
+) -> SparseViT:
     """A quantized copy of `vit`, its activation ranges taken from `images`; only kept patches are fed, or copies of
     them in every place (`config.fill`).
 
@@ -40,7 +46,8 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress
         vit: the full-precision model, on its device.
         images: calibration images, normalized; moved to the model's device batch by batch.
         config: widths, observer, and what is done about the error that is left.
-        progress: show a progress bar of the reconstruction on stderr.
+        progress: show progress bars on stderr.
+        finished: as for `reconstruct`; what is there has to be of the same model, images and settings.
 
     Raises:
         UserError: no images, no memory for them, more ranks than batches, `--keep` of a layer that is not there, or a
@@ -48,11 +55,11 @@ def quantize(vit: SparseViT, images: SparseImages, config: QuantConfig, progress
     """
     config = fitting(vit, config)
     require_memory_for(vit, config, len(images), images.positions.shape[1], vit.device)
-    images = images.filled(vit.grid) if config.fill else images
+    images = config.fed(images, vit.grid)
     reference, quantized = calibrated(vit, images, config)
     fitted = compensate(reference, quantized, images, config.batch_size, progress) if config.compensate else {}
     if config.reconstruct:
-        reconstruct(reference, quantized, images, config, fitted, progress)
+        reconstruct(reference, quantized, images, config, fitted, progress, finished)
     if config.bias_correction:
         correct_biases(reference, quantized, images, config.batch_size)
     return quantized
@@ -92,7 +99,7 @@ def require_memory_for(vit: SparseViT, config: QuantConfig, count: int, patches:
         patches: kept of each.
         device: where.
     """
-    tokens = (vit.grid.count if config.fill else patches) + vit.prefix_tokens
+    tokens = (vit.grid.count if config.fill or config.join else patches) + vit.prefix_tokens
     batch = min(count, config.batch_size)
     require_memory(batch, observed_bytes(vit, tokens, config), device, "a calibration batch", "--calib-batchsize")
     if config.reconstruct or config.bias_correction:  # what both models feed a stage is held, and learned from joined

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from quant.observers import OBSERVERS
 from utils.cli import any_seed, check_numbers, positive, rate, setting
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    from models import PatchGrid, SparseImages
+
 BITS = (*range(2, 9), 32)
 KEPT_BITS = 8
+PRESETS = {"quantize": {"observer": "auto", "num_images": 64}}
+"""What `--preset` says of calibration, besides of the images; flags that are given win."""
 RECONSTRUCTION_LOSSES = ("mse", "fisher", "global")
 """Keys of `quant.losses.LOSSES`, which needs torch."""
 EITHER = {"action": argparse.BooleanOptionalAction}
@@ -53,7 +59,8 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse",
+        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse; default minmax, of "
+        "--preset quantize auto",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
@@ -69,6 +76,7 @@ class QuantConfig:
         "decides",
         **EITHER,
     )
+    join: bool = setting(False, "calibrate on what the images of a PRI trajectory are together, on full grids")
     keep: tuple[str, ...] = setting(
         (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
     )
@@ -106,7 +114,7 @@ class QuantConfig:
         if self.reconstruct_seconds is not None and not self.reconstruct:
             raise UserError("--reconstruct_seconds is the limit of --reconstruct, which is not given")
         if self.w_bit == self.a_bit == 32:
-            for flag in ("--keep", "--bias_correction", "--fill", "--rotate", "--compensate"):
+            for flag in ("--keep", "--bias_correction", "--fill", "--join", "--rotate", "--compensate"):
                 if getattr(self, flag.removeprefix("--")):
                     raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
         if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
@@ -125,6 +133,12 @@ class QuantConfig:
         if auto:
             chosen["observer"] = ("heads" if chosen["rotate"] or self.a_bit == 32 else "repq") if few else "mse"
         return replace(self, **chosen)
+
+    def fed(self, images: SparseImages, grid: PatchGrid) -> SparseImages:
+        """What of these images the model is calibrated on."""
+        if self.join:
+            return images.put_together(grid)
+        return images.filled(grid) if self.fill else images
 
     @property
     def method(self) -> str:

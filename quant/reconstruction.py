@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,29 +26,36 @@ from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES
 from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
+from utils.device import pick_dtype
+from utils.files import atomic
 
 STEP_IMAGES = 8
 """Whole images a step; of sparse ones as many as have that many patches."""
-DROP = 0.5
-"""Share of activations in full precision."""
 ROUNDING_LR, SCALE_LR = 2e-2, 2e-3
 ROUNDING_WEIGHT = 0.01
 """What an undecided weight costs, against the squared error of a token."""
 SHOWN = 20
 """Steps between two looks at the error, which wait for the device."""
+LEANING = 0.5
+"""Of what `compensate` rounded: half way, every weight is on the side that was chosen."""
 WARM_UP = 0.2
 """Share of the steps before rounding is decided."""
 
 
 class AdaptiveRounding(nn.Module):
-    """A linear layer whose weights are floor(weight / scale) + h, h in [0, 1] learned (AdaRound, eq. 20 to 24)."""
+    """A linear layer whose weights are floor(weight / scale) + h, h in [0, 1] learned (AdaRound, eq. 20 to 24).
 
-    def __init__(self, layer: QuantizedLinear, weight: Tensor) -> None:
+    h starts where the weight is, with `leaning` on that way to the side that the layer's weight was rounded to.
+    """
+
+    def __init__(self, layer: QuantizedLinear, weight: Tensor, leaning: float = 0.0) -> None:
         super().__init__()
         self.scale, self.bias = layer.weight_scale[:, None], layer.linear.bias
-        self.low, self.high = -(2 ** (layer.w_bit - 1)), 2 ** (layer.w_bit - 1) - 1
-        self.floor = (weight / self.scale).floor()
-        rest = (weight / self.scale - self.floor).clamp(0.01, 0.99)
+        low, high = -(2 ** (layer.w_bit - 1)), 2 ** (layer.w_bit - 1) - 1
+        codes, chosen = weight / self.scale, layer.integers().to(weight.dtype)
+        near = torch.where(codes >= chosen, chosen, chosen - 1) if leaning else codes.floor()
+        self.floor = near.clamp(low, high - 1)
+        rest = torch.lerp((codes - self.floor).clamp(0.01, 0.99), chosen - self.floor, leaning)
         self.raised = nn.Parameter(torch.logit((rest + 0.1) / 1.2))
 
     def share(self) -> Tensor:
@@ -54,14 +64,33 @@ class AdaptiveRounding(nn.Module):
 
     def weight(self, share: Tensor) -> Tensor:
         """The weight (out, in) that is rounded up by `share`."""
-        return (self.floor + share).clamp(self.low, self.high) * self.scale
+        return (self.floor + share) * self.scale
 
     def undecided(self, power: float) -> Tensor:
-        """The sum of 1 - |2h - 1|^power: zero once every weight is rounded one way."""
-        return (1 - (2 * self.share() - 1).abs().pow(power)).sum()
+        """The sum of 1 - |2h - 1|^power in the last forward pass: zero once every weight is rounded one way."""
+        return _Undecided.apply(self.shared, power)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(self.share()), self.bias)
+        self.shared = self.share()
+        return F.linear(x, self.weight(self.shared), self.bias)
+
+
+class _Undecided(torch.autograd.Function):
+    """`AdaptiveRounding.undecided` by one power for the value and the gradient."""
+
+    @staticmethod
+    def forward(ctx, share: Tensor, power: float) -> Tensor:
+        signed = share * 2 - 1
+        powers = signed.abs().pow_(power - 1)
+        gradient = powers * signed.sign()
+        ctx.save_for_backward(gradient)
+        ctx.factor = -2 * power
+        return share.numel() - (gradient * signed).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad * ctx.factor), None
 
 
 class LearnedQuantizer(nn.Module):
@@ -74,20 +103,57 @@ class LearnedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, ActivationQuantizer):
-            spread = self.quantizer.spread
-            scale, zero_point = spread(self.log_scale.exp()), spread(self.quantizer.zero_point)
-            level = (x / scale + zero_point).clamp(self.quantizer.low, self.quantizer.high)
-            out = (level + (level.round() - level).detach() - zero_point) * scale
+            scale, zero_point = self.log_scale.exp(), self.quantizer.zero_point.to(x.dtype)
+            codes = self.quantizer.low, self.quantizer.high
+            if self.quantizer.heads is None:
+                out = torch._fake_quantize_learnable_per_tensor_affine(x, scale[None], zero_point[None], *codes, 1.0)
+            else:
+                out = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, 1, *codes, 1.0)
         else:
             out = x + (self.quantizer(x) - x).detach()
-        dropped = torch.rand(x.shape, generator=self.generator, device=x.device) < DROP
-        return torch.where(dropped, x, out)
+        return torch.where(_coins(x, self.generator), x, out)
 
     def learned(self) -> nn.Module:
         """The quantizer with the scale that was learned."""
         if isinstance(self.quantizer, ActivationQuantizer):
             self.quantizer.scale = self.log_scale.detach().exp()
         return self.quantizer
+
+
+@dataclass(frozen=True)
+class FinishedStages:
+    """What a reconstruction has learned so far, a file for each stage, for a run that was stopped to go on behind it."""
+
+    folder: Path
+
+    def restore(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> bool:
+        """Put what was learned into the stage of `quantized`, and `generator` where it was; False if it is not there."""
+        file = self._file(number)
+        if not file.is_file():
+            return False
+        state = load_file(file)
+        generator.set_state(state.pop("generator"))
+        there = quantized.state_dict()
+        for name, value in state.items():
+            there[name].copy_(value)
+        return True
+
+    def keep(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> None:
+        """Write what a finished stage has learned."""
+        state = {name: value.cpu().contiguous() for name, value in quantized.state_dict().items() if stage.owns(name)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic(self._file(number)) as partial:
+            save_file({**state, "generator": generator.get_state()}, partial)
+
+    def remove(self) -> None:
+        """All of them."""
+        for file in self.folder.glob("stage-*.safetensors"):
+            file.unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"stage-{number:03d}.safetensors"
 
 
 def reconstruct(
@@ -97,6 +163,7 @@ def reconstruct(
     config: QuantConfig,
     fitted: Mapping[str, Tensor] | None = None,
     progress: bool = False,
+    finished: FinishedStages | None = None,
 ) -> None:
     """Learn the rounding and the ranges of `quantized`, in place, stage by stage.
 
@@ -108,6 +175,7 @@ def reconstruct(
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
         fitted: weights that rounding starts from, by the names of their layers; None: the full-precision ones.
         progress: show a progress bar on stderr.
+        finished: where stages are kept; those that are there are not learned again.
     """
     generator = torch.Generator(quantized.device).manual_seed(config.seed)
     end = None if config.reconstruct_seconds is None else time.monotonic() + config.reconstruct_seconds
@@ -118,7 +186,10 @@ def reconstruct(
         for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)
-            _reconstruct_stage(stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar)
+            if finished is None or not finished.restore(number, stage, quantized, generator):
+                _reconstruct_stage(stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar)
+                if finished is not None:
+                    finished.keep(number, stage, quantized, generator)
             bar.update((number + 1) * config.reconstruct_steps - bar.n)
 
 
@@ -150,7 +221,8 @@ def _reconstruct_stage(
             chosen = torch.randperm(len(target), generator=generator, device=target.device)[:step_images]
             mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
             wanted.look(progress, lambda n: stage.run(quantized, *(x[:n] for x in quantized_inputs)))
-            loss = error = wanted(stage.run(quantized, *mixed), chosen)
+            with _halved(config, quantized.device):
+                loss = error = wanted(stage.run(quantized, *mixed), chosen)
             if progress > WARM_UP:
                 power = 2 + 18 * (1 - progress) / (1 - WARM_UP)
                 loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
@@ -160,6 +232,12 @@ def _reconstruct_stage(
             bar.update()
             if step % SHOWN == 0:
                 bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
+
+
+def _halved(config: QuantConfig, device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where the device is fast at it and steps between codes are wider than what it rounds off."""
+    fast = max(config.w_bit, config.a_bit) < 8 and pick_dtype("auto", device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 @contextlib.contextmanager
@@ -175,7 +253,10 @@ def _learning(
     for name, layer in quantized_layers(quantized).items():
         if stage.owns(name) and layer.weight_scale is not None:
             layers.append((layer, layer.linear))
-            layer.linear = AdaptiveRounding(layer, fitted.get(name, originals[name].linear.weight))
+            if name in fitted:
+                layer.linear = AdaptiveRounding(layer, fitted[name], LEANING)
+            else:
+                layer.linear = AdaptiveRounding(layer, originals[name].linear.weight)
     for name, quantizer in quantizers(quantized).items():
         if stage.owns(name):
             learned[name] = LearnedQuantizer(quantizer, generator)
@@ -197,5 +278,10 @@ def _joined(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
 
 def _mixed(full: Tensor, quantized: Tensor, generator: torch.Generator) -> Tensor:
     """What the full-precision model gives, at a random half of the places, what the quantized one gives elsewhere."""
-    dropped = torch.rand(full.shape, generator=generator, device=full.device) < DROP
-    return torch.where(dropped, full, quantized)
+    return torch.where(_coins(full, generator), full, quantized)
+
+
+def _coins(like: Tensor, generator: torch.Generator) -> Tensor:
+    """True or False with equal chances, for every value of a tensor: eight out of one random integer."""
+    drawn = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(generator=generator)
+    return drawn.view(torch.uint8)[: like.numel()].bitwise_and_(1).view(torch.bool).view(like.shape)

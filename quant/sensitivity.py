@@ -29,7 +29,7 @@ def sensitivity(vit: SparseViT, images: SparseImages, config: QuantConfig, progr
         the images that are classified otherwise).
     """
     config = fitting(vit, config)
-    images = images.filled(vit.grid) if config.fill else images
+    images = config.fed(images, vit.grid)
     # Alone, a layer has no error in front of it that it could answer for.
     reference, quantized = calibrated(vit, images, dataclasses.replace(config, compensate=False))
     names = list(places(vit, OBSERVERS[config.method]))

@@ -19,6 +19,7 @@ from quant.calibration import fitting, quantize
 from quant.config import QuantConfig
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
+from quant.reconstruction import FinishedStages
 from quant.rotation import without_scales
 from utils.device import device_name, versions
 from utils.errors import UserError
@@ -27,6 +28,8 @@ from utils.ranks import rank, ranks, summed
 
 FORMAT = 1
 WEIGHTS, CONFIG, MADE_FROM = "model.safetensors", "quantized.json", "made_from.json"
+STAGES = "stages"
+"""Folder of a reconstruction that is not finished."""
 
 
 def save_quantized(
@@ -128,17 +131,37 @@ def quantized_once(
     found = read_json(made, digest=str, seconds=float) if there else {}
     if summed([float(found.get("digest") == digest)], vit.device)[0] == ranks():
         return load_quantized(folder).to(vit.device), found["seconds"]
+    finished = _finished_stages(folder, digest) if config.reconstruct else None
     start = time.perf_counter()
-    quantized = quantize(vit, images, config, progress)
+    quantized = quantize(vit, images, config, progress, finished)
     seconds = round(time.perf_counter() - start, 3)
     if rank() == 0:
         save_quantized(folder, quantized, model, config, classes)
         write_json(made, {"digest": digest, "seconds": seconds})
+        remove_stages(folder)
     return quantized, seconds
+
+
+def _finished_stages(folder: Path, digest: str) -> FinishedStages:
+    """Where a reconstruction of that digest keeps its stages; those of another one are removed."""
+    stages = folder / STAGES
+    marker, finished = stages / MADE_FROM, FinishedStages(stages)
+    if not marker.is_file() or read_json(marker, digest=str)["digest"] != digest:
+        remove_stages(folder)
+        stages.mkdir(parents=True, exist_ok=True)
+        write_json(marker, {"digest": digest})
+    return finished
+
+
+def remove_stages(folder: Path) -> None:
+    """Take away what a reconstruction that was stopped left in `folder`."""
+    (folder / STAGES / MADE_FROM).unlink(missing_ok=True)
+    FinishedStages(folder / STAGES).remove()
 
 
 def remove_quantized(folder: Path) -> None:
     """Take away what `quantized_once` left in `folder`, and the folder if nothing else is in it."""
+    remove_stages(folder)
     for name in (MADE_FROM, CONFIG, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):

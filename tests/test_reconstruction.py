@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from models import SparseImages, SparseViT
-from quant import QuantConfig, quantize
+from quant import QuantConfig, quantize, reconstruction
 from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.quantizers import ActivationQuantizer
-from quant.reconstruction import AdaptiveRounding, LearnedQuantizer
+from quant.losses import LOSSES, Fisher
+from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer
 from quant.sensitivity import sensitivity
-from quant.stages import stages, walk
-from tests.conftest import tiny_vit
+from quant.stages import Stage, stages, walk
+from tests.conftest import tiny_vit, whole_images
 
 
 @pytest.fixture
@@ -171,3 +172,70 @@ def test_the_walk_feeds_each_model_its_own_tensors(vit, images):
             tokens = model.embed(images.patches[:4], images.positions[:4])
             stage = found[1].quantized_inputs if index else found[1].inputs
             torch.testing.assert_close(stage[0][0], tokens)
+
+
+def test_a_reconstruction_that_was_stopped_goes_on_behind_its_finished_stages(vit, images, tmp_path, monkeypatch):
+    """Stopped in the third of four stages; the model is that of a run which was not, and finished stages are kept."""
+    config = QuantConfig(3, 4, "auto", reconstruct=True, reconstruct_steps=15)
+    wanted, learned, learn = quantize(vit, images, config), [], reconstruction._reconstruct_stage
+
+    def stopped(stage, *args):
+        learned.append(stage.prefixes)
+        if len(learned) == 3:
+            raise KeyboardInterrupt
+        learn(stage, *args)
+
+    finished = FinishedStages(tmp_path / "stages")
+    monkeypatch.setattr(reconstruction, "_reconstruct_stage", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(vit, images, config, finished=finished)
+    assert len(list(finished.folder.iterdir())) == 2
+    found = quantize(vit, images, config, finished=finished)
+    assert len(learned) == 5 and learned[2] == learned[3]
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    finished.remove()
+    assert not finished.folder.exists()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_brings_the_predictions_nearer(vit, loss):
+    images, unseen = whole_images(32), whole_images(32, seed=1)
+    config = {"w_bit": 3, "a_bit": 4, "observer": "mse"}
+    plain = quantize(vit, images, QuantConfig(**config))
+    learned = quantize(
+        vit, images, QuantConfig(**config, reconstruct=True, reconstruct_loss=loss, reconstruct_steps=100)
+    )
+    models = (vit, plain, learned)
+    wanted, *found = (model(unseen.patches, unseen.positions).logits.log_softmax(dim=1) for model in models)
+    assert (found[1] - wanted).norm() < (found[0] - wanted).norm()
+
+
+def test_the_fisher_loss_is_the_formula():
+    """Diagonal and low rank of FIMA-Q by loops over images, from gradients that are looked at twice."""
+    generator = torch.Generator().manual_seed(0)
+    target, classifier = torch.randn(4, 3, 2, generator=generator), torch.randn(6, 5, generator=generator)
+    behind = (lambda _, out: out.flatten(1) @ classifier,)
+    stage = Stage((), lambda: None, [], [], behind)
+    loss = Fisher(stage, None, target, batch_size=3)
+    outputs = [target + torch.randn(4, 3, 2, generator=generator) for _ in range(2)]
+    wanted = (target.flatten(1) @ classifier / 20).log_softmax(dim=1)
+    gradients, errors = [], []
+    for number, out in enumerate(outputs):
+        loss.look(number / 5, lambda n, out=out: out[:n])
+        logits = out.flatten(1) @ classifier / 20
+        # The gradient of a mean over the images of a batch: 3 images, then 1.
+        by_image = (logits.softmax(dim=1) - wanted.exp()) @ classifier.T / 20 / torch.tensor([3, 3, 3, 1])[:, None]
+        gradients.append(by_image.abs().mean(dim=0))
+        errors.append((out - target).flatten(1).abs().mean(dim=0))
+    g, d = torch.stack(gradients), torch.stack(errors)
+
+    def parts(out):
+        e = (out - target).flatten(1).abs()
+        low = torch.stack([(row @ g.T) @ torch.linalg.inv(d @ d.T) @ (row @ g.T) for row in e]).mean()
+        return torch.stack([low, (e.square() * g.mean(dim=0)).mean()])
+
+    first = loss(outputs[0], torch.arange(4))
+    torch.testing.assert_close(first, (outputs[0] - target).square().sum(dim=-1).mean())
+    second = loss(outputs[1], torch.arange(4))
+    torch.testing.assert_close(second, first / 2 * (parts(outputs[1]) / parts(outputs[0])).sum(), rtol=1e-3, atol=0)

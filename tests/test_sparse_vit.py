@@ -164,3 +164,16 @@ def test_filling_leaves_whole_images_as_they_are():
     grid = PatchGrid(2, 2, 4, 4)
     whole = SparseImages.whole(grid, torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
     assert torch.equal(whole.filled(grid).patches, whole.patches)
+
+
+def test_images_of_a_trajectory_are_put_together():
+    """Three images with label 7, of which the third shares a patch with those before it, and one with label 8."""
+    grid = PatchGrid(2, 2, 1, 1, 1)
+    positions = torch.tensor([[0, 1], [3, 2], [1, 3], [2, 0]])
+    patches = torch.arange(1.0, 9).view(4, 2, 1, 1, 1)
+    whole = SparseImages(patches, positions, torch.tensor([7, 7, 7, 8])).put_together(grid)
+    assert whole.labels.tolist() == [7, 7, 8]
+    pixels = grid.unpatchify(whole.patches, whole.positions).flatten(1)
+    assert pixels[0].tolist() == [1, 2, 4, 3]
+    assert pixels[1].tolist() == [5, 5, 6, 6]  # its own two, and copies of the nearest of them
+    assert set(pixels[2].tolist()) == {7, 8}

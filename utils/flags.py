@@ -13,6 +13,7 @@ from inversion.priors import options, terms
 from kt import DistillConfig, StudentConfig
 from models import ModelConfig
 from quant import QuantConfig
+from quant.config import PRESETS as QUANT_PRESETS
 from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype
@@ -29,9 +30,11 @@ def quant_parser(description: str) -> Parser:
     parser = Parser(description)
     add_common_arguments(parser, seed=0)
     add_flags(parser, QuantConfig)
+    parser.set_defaults(observer=None)  # a preset may speak first
     add = parser.add_argument
     add("--calib-batchsize", type=positive, default=32, help="images per inversion and calibration batch")
-    add("--num_images", type=positive, help="calibration images; default one batch")
+    about = "calibration images; default one batch, of --preset quantize"
+    add("--num_images", type=positive, help=f"{about} {QUANT_PRESETS['quantize']['num_images']}")
     about = "other inverted images to hold the quantized model against its original on; 0: none"
     add("--check_images", type=natural, default=32, metavar="N", help=about)
     add("--sensitivity", action="store_true", help="measure what each layer alone costs; OUTPUT/sensitivity.json, .png")
@@ -47,10 +50,13 @@ def quant_task(args: argparse.Namespace) -> QuantTask:
     """What the flags of `quant_parser` ask for. Raises `UserError` where they make no sense."""
     from utils.quant_task import QuantTask
 
+    preset = QUANT_PRESETS.get(args.preset, {})
+    args = argparse.Namespace(**vars(args))
+    args.observer = args.observer or preset.get("observer", QuantConfig.observer)
     return QuantTask(
         **common_configs(args),
         images=source(args, inversion_config(args, args.calib_batchsize)),
-        num_images=args.num_images or args.calib_batchsize,
+        num_images=args.num_images or preset.get("num_images", args.calib_batchsize),
         quantization=from_flags(QuantConfig, args, batch_size=args.calib_batchsize, seed=args.seed),
         check_images=args.check_images,
         check_pool=args.datapool,

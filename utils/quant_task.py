@@ -14,6 +14,7 @@ from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
 from quant import QuantConfig, calibration, export, fitting, require_own_folder, save_quantized
 from quant.fidelity import fidelity
+from quant.rotation import rotations
 from quant.sensitivity import save_sensitivity, sensitivity
 from quant.storage import quantized_once
 from utils import evaluation
@@ -64,6 +65,8 @@ class QuantTask(Task):
         natural.check(self.check_images, "--check_images")
         if self.opset is not None and not self.export:
             raise UserError("--opset is the version of the file of --export, which is not given")
+        if self.quantization.join and getattr(self.images, "kind", "pri") not in ("pri", "stored"):
+            raise UserError("--join puts the images of pri trajectories together; give --strategy pri")
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
             raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
 
@@ -128,6 +131,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         "w_bit": config.w_bit,
         "a_bit": config.a_bit,
         "quantization": {**asdict(task.quantization), "method": config.method},
+        "chosen": choice(task.quantization, config, vit),
         **task.origin(device),
         **accuracy,
         "inversion": asdict(synthesis),
@@ -198,12 +202,25 @@ def _check(
     return report
 
 
+def choice(asked: QuantConfig, config: QuantConfig, vit: SparseViT) -> str | None:
+    """A line that says what `auto` stands for, and why; None where nothing was left to it."""
+    if asked.observer != "auto" or asked.w_bit == asked.a_bit == 32:
+        return None
+    steps = [f"--{key}" for key in ("rotate", "compensate", "fill") if getattr(config, key) and not getattr(asked, key)]
+    if not steps:
+        return f"auto takes --observer {config.observer}: at these widths ranges are all that it takes"
+    text = f"auto takes --observer {config.observer} {' '.join(steps)}: below 8 bits channels that look alike and layers "
+    left = rotations(vit).refused() if asked.rotate is None else []
+    why = f" (not rotated: {'; '.join(left)})" if left else ""
+    return f"{text}fitted to their input decide{why}"
+
+
 def remedies(config: QuantConfig, mode: int | None) -> list[str]:
     """Flags that may give back what a quantized model lost."""
     few = min(config.w_bit, config.a_bit) < 8
     tried = {
         "--mode 0": mode == 1,
-        "--observer auto": few and not config.compensate,
+        "--observer auto": config.observer == "minmax" or (few and not config.compensate),
         "--reconstruct": config.w_bit < 32 and not config.reconstruct,
         "--keep with these": few,
         "more bits": few,
