@@ -144,7 +144,9 @@ class SparseImages:
         for one in self.batches(1):
             positions = one.positions[0].cpu()
             if parts and one.labels[0] == parts[-1].labels[0] and not taken[positions].any():
-                both = (torch.cat([getattr(p, key) for p in (parts[-1], one)], dim=1) for key in ("patches", "positions"))
+                both = (
+                    torch.cat([getattr(p, key) for p in (parts[-1], one)], dim=1) for key in ("patches", "positions")
+                )
                 parts[-1] = SparseImages(*both, one.labels)
             else:
                 parts.append(one)

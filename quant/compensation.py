@@ -102,7 +102,9 @@ def _moments(stage: Stage, reference: SparseViT, quantized: SparseViT, name: str
     entering = _stream(quantized, name)
     for inputs, quantized_inputs in zip(stage.inputs, stage.quantized_inputs, strict=True):
         wanted, stream = _reached(reference, name, entering, lambda i=inputs: stage.run(reference, *i))
-        found, quantized_stream = _reached(quantized, name, entering, lambda i=quantized_inputs: stage.run(quantized, *i))
+        found, quantized_stream = _reached(
+            quantized, name, entering, lambda i=quantized_inputs: stage.run(quantized, *i)
+        )
         x = quantized.get_submodule(name).quantizer(found)
         lacking = F.linear(wanted - x, original.weight)
         if entering is not None:
@@ -121,9 +123,7 @@ def _stream(vit: SparseViT, name: str) -> str | None:
     return norm if isinstance(vit.get_submodule(scale), nn.Identity) else None
 
 
-def _reached(
-    vit: SparseViT, name: str, stream: str | None, run: Callable[[], object]
-) -> tuple[Tensor, Tensor | None]:
+def _reached(vit: SparseViT, name: str, stream: str | None, run: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
     """What `vit` feeds the layer `name` and the module `stream`, computing nothing behind the layer."""
     seen = {}
 

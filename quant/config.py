@@ -65,10 +65,14 @@ class QuantConfig:
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
     rotate: bool | None = setting(
-        None, "rotate residual stream and heads, exactly, so that channels are alike; default: --observer decides", **EITHER
+        None,
+        "rotate residual stream and heads, exactly, so that channels are alike; default: --observer decides",
+        **EITHER,
     )
     compensate: bool | None = setting(
-        None, "fit each layer to its quantized input and round its weights in turn; default: --observer decides", **EITHER
+        None,
+        "fit each layer to its quantized input and round its weights in turn; default: --observer decides",
+        **EITHER,
     )
     fill: bool | None = setting(
         None,

@@ -126,30 +126,40 @@ class Graph:
         With a range for each head `x` is (B, heads, ..), or becomes so by `transposed`.
         """
         if isinstance(quantizer, ActivationQuantizer):
-            scale, stored = quantizer.scale, np.int8 if quantizer.symmetric else np.uint8
-            zero_point = self.constant(quantizer.zero_point, stored)
-            before, after = {}, {}
-            if quantizer.heads is not None:
-                before, after = {"axis": 1 if transposed is None else transposed[1]}, {"axis": 1}
-            if quantizer.bits < 8:  # eight bits are stored, the range of fewer is used
-                x = self.clipped(x, quantizer, before.get("axis"))
-            x = self.op("QuantizeLinear", x, self.constant(scale), zero_point, **before)
-            if transposed is not None:
-                x = self.op("Transpose", x, perm=transposed)
-            return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point, **after)
+            if quantizer.heads is None:
+                return self.in_integers(x, quantizer, transposed, factor)
+            return self.of_heads(x, quantizer, transposed, factor)
         if isinstance(quantizer, LogSqrt2Quantizer):
             x = self.log_sqrt2(x, quantizer)
         if transposed is not None:
             x = self.op("Transpose", x, perm=transposed)
         return x if factor == 1.0 else self.op("Mul", x, self.constant(factor))
 
-    def clipped(self, x: str, quantizer: ActivationQuantizer, axis: int | None) -> str:
-        """`x`, of four axes where heads are along `axis`, within the range of its quantizer."""
-        low, high = ((end - quantizer.zero_point) * quantizer.scale for end in (quantizer.low, quantizer.high))
-        if axis is None:
-            return self.op("Clip", x, self.constant(low), self.constant(high))
-        shape = [-1 if number == axis else 1 for number in range(4)]
-        return self.op("Min", self.op("Max", x, self.constant(low.view(shape))), self.constant(high.view(shape)))
+    def in_integers(
+        self, x: str, quantizer: ActivationQuantizer, transposed: tuple[int, ...] | None, factor: float
+    ) -> str:
+        """`quantized` with one range for the tensor."""
+        scale, stored = quantizer.scale, np.int8 if quantizer.symmetric else np.uint8
+        zero_point = self.constant(quantizer.zero_point, stored)
+        if quantizer.bits < 8:  # eight bits are stored, the range of fewer is used
+            ends = (torch.tensor([quantizer.low, quantizer.high]) - quantizer.zero_point) * scale
+            x = self.op("Clip", x, self.constant(ends[0]), self.constant(ends[1]))
+        x = self.op("QuantizeLinear", x, self.constant(scale), zero_point)
+        if transposed is not None:
+            x = self.op("Transpose", x, perm=transposed)
+        return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point)
+
+    def of_heads(
+        self, x: str, quantizer: ActivationQuantizer, transposed: tuple[int, ...] | None, factor: float
+    ) -> str:
+        """`quantized` with a range for each head, in floating point: the runtime's integer product takes one scale."""
+        if transposed is not None:
+            x = self.op("Transpose", x, perm=transposed)
+        spread, ends = quantizer.spread, (quantizer.low, quantizer.high)
+        low, high = (self.constant(spread((end - quantizer.zero_point).float())) for end in ends)
+        x = self.op("Round", self.op("Mul", x, self.constant(spread(1 / quantizer.scale))))
+        x = self.op("Min", self.op("Max", x, low), high)
+        return self.op("Mul", x, self.constant(spread(quantizer.scale * factor)))
 
     def log_sqrt2(self, x: str, quantizer: LogSqrt2Quantizer) -> str:
         """`quant.quantizers.log_sqrt2`."""

@@ -17,9 +17,7 @@ class ActivationQuantizer(nn.Module):
     Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`, () or (heads,).
     """
 
-    def __init__(
-        self, bits: int, observer: Observer | None, symmetric: bool = False, heads: int | None = None
-    ) -> None:
+    def __init__(self, bits: int, observer: Observer | None, symmetric: bool = False, heads: int | None = None) -> None:
         super().__init__()
         self.bits, self.symmetric, self.heads = bits, symmetric, heads
         self.low, self.high = codes(bits, symmetric)

@@ -187,7 +187,9 @@ def reconstruct(
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)
             if finished is None or not finished.restore(number, stage, quantized, generator):
-                _reconstruct_stage(stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar)
+                _reconstruct_stage(
+                    stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar
+                )
                 if finished is not None:
                     finished.keep(number, stage, quantized, generator)
             bar.update((number + 1) * config.reconstruct_steps - bar.n)

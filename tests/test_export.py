@@ -38,6 +38,8 @@ def noise(vit: SparseViT, count: int = 8) -> SparseImages:
         QuantConfig(4, 4, "repq", symmetric=True, reconstruct=True, reconstruct_steps=2),
         QuantConfig(4, 32, "mse"),
         QuantConfig(32, 6, "percentile"),
+        QuantConfig(3, 3, "auto"),
+        QuantConfig(4, 4, "heads", symmetric=True, rotate=True, reconstruct=True, reconstruct_steps=2),
     ],
     ids=lambda config: f"{config.observer}-w{config.w_bit}a{config.a_bit}",
 )
@@ -217,12 +219,17 @@ def test_a_distilled_model_is_exported_with_both_heads():
 
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("w_bit", "a_bit", "observer"), [(8, 8, "minmax"), (4, 6, "repq"), (8, 8, "mse")])
+@pytest.mark.parametrize(
+    ("w_bit", "a_bit", "observer"),
+    [(8, 8, "minmax"), (4, 6, "repq"), (8, 8, "mse"), (8, 8, "heads"), (4, 6, "auto")],
+)
 def test_a_quantized_graph_gives_nearly_the_logits_of_the_model(w_bit, a_bit, observer, symmetric):
     """Sums in another order move a value over a rounding step now and then, so not exactly."""
     vit = SparseViT(tiny_vit())
     images = noise(vit, 16)
-    quantized = quantize(vit, images, QuantConfig(w_bit, a_bit, observer, symmetric))
+    quantized = quantize(
+        vit, images, QuantConfig(w_bit, a_bit, observer, symmetric, rotate=observer == "heads" or None)
+    )
     pixels = vit.grid.unpatchify(images.patches, images.positions)
     with torch.no_grad():
         plain, expected = (model.forward_images(pixels).numpy() for model in (vit, quantized))

@@ -112,7 +112,11 @@ def test_a_good_model_is_not_warned_of_and_its_images_are_kept(tmp_path, capsys)
     ("config", "mode", "expected"),
     [
         (QuantConfig(8, 8), 0, ["--observer auto", "--reconstruct"]),
-        (QuantConfig(4, 4, "auto", compensate=True, reconstruct=True), 1, ["--mode 0", "--keep with these", "more bits"]),
+        (
+            QuantConfig(4, 4, "auto", compensate=True, reconstruct=True),
+            1,
+            ["--mode 0", "--keep with these", "more bits"],
+        ),
         (QuantConfig(32, 8, "mse"), 2, []),
     ],
 )

@@ -274,3 +274,31 @@ def test_a_classifier_behind_a_mean_gets_the_range_of_the_mean(images):
     vit.head.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     vit(images.patches, images.positions)
     assert seen.scale * seen.high < 1.5 * (read[0].max() - read[0].min())
+
+
+def test_a_range_for_each_head_is_that_of_the_head_alone(vit, images):
+    """The second head of q, k and v is forty times as large: one range for both would leave the first few codes."""
+    block = vit.blocks[0]
+    for parameter in (block.qkv.weight, block.qkv.bias):
+        parameter.data.unflatten(0, (3, 2, -1))[:, 1] *= 40
+    taken = {}
+    block.tap_v.register_forward_hook(lambda _, __, out: taken.update(v=out))
+    vit(images.patches, images.positions)
+    quantized = quantize(vit, images, QuantConfig(32, 4, "heads"))
+    quantizer = quantized.blocks[0].tap_v
+    assert quantizer.scale.shape == (2,) and quantizer.scale[1] > 20 * quantizer.scale[0]
+    with torch.no_grad():
+        v = taken["v"]
+        found = quantizer(v)
+        for head in range(2):
+            scale, zero_point = quantizer.scale[head], quantizer.zero_point[head]
+            codes = ((v[:, head] / scale).round() + zero_point).clamp(0, 15)
+            torch.testing.assert_close(found[:, head], (codes - zero_point) * scale)
+        assert (found[:, 0] - v[:, 0]).norm() < 0.2 * v[:, 0].norm()
+
+
+@pytest.mark.parametrize(("bits", "wide"), [(3, 8), (8, 8), (32, None)])
+def test_the_input_of_the_patch_projection_has_the_bits_of_pixels(vit, images, bits, wide):
+    quantized = quantize(vit, images, QuantConfig(4, bits, "heads"))
+    assert getattr(quantized.patch_proj.quantizer, "bits", None) == wide
+    assert quantized.patch_proj.w_bit == 4

@@ -91,7 +91,9 @@ def test_a_model_of_which_nothing_can_be_rotated_is_refused_and_auto_does_withou
     assert (chosen.rotate, chosen.observer, chosen.compensate) == (False, "repq", True)
 
 
-@pytest.mark.parametrize("arguments", [{"init_values": 0.3}, {"init_values": 0.3, "pre_norm": True}, {"qkv_bias": False}])
+@pytest.mark.parametrize(
+    "arguments", [{"init_values": 0.3}, {"init_values": 0.3, "pre_norm": True}, {"qkv_bias": False}]
+)
 def test_a_saved_rotated_model_is_the_same(tmp_path, arguments):
     model = tiny_model(**arguments)
     config = QuantConfig(4, 4, "auto", seed=3)

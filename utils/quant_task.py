@@ -209,7 +209,9 @@ def choice(asked: QuantConfig, config: QuantConfig, vit: SparseViT) -> str | Non
     steps = [f"--{key}" for key in ("rotate", "compensate", "fill") if getattr(config, key) and not getattr(asked, key)]
     if not steps:
         return f"auto takes --observer {config.observer}: at these widths ranges are all that it takes"
-    text = f"auto takes --observer {config.observer} {' '.join(steps)}: below 8 bits channels that look alike and layers "
+    text = (
+        f"auto takes --observer {config.observer} {' '.join(steps)}: below 8 bits channels that look alike and layers "
+    )
     left = rotations(vit).refused() if asked.rotate is None else []
     why = f" (not rotated: {'; '.join(left)})" if left else ""
     return f"{text}fitted to their input decide{why}"
