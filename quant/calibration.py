@@ -102,9 +102,8 @@ def require_memory_for(vit: SparseViT, config: QuantConfig, count: int, patches:
     tokens = (vit.grid.count if config.fill or config.join else patches) + vit.prefix_tokens
     batch = min(count, config.batch_size)
     require_memory(batch, observed_bytes(vit, tokens, config), device, "a calibration batch", "--calib-batchsize")
-    if (
-        config.reconstruct or config.bias_correction or config.compensate
-    ):  # what both models feed a stage is held, and learned from joined
+    walks = config.reconstruct or config.bias_correction or config.compensate
+    if walks:  # what both models feed a stage is held, and learned from joined
         forms = 8 if config.reconstruct else 5
         held = forms * 4 * tokens * vit.patch_proj.out_features
         require_memory(count, held, device, "the calibration", "--num_images")

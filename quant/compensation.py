@@ -41,8 +41,8 @@ class _Seen(Exception):
 class Moments:
     """Sums over tokens of a layer's quantized input, y = (x - center, 1), and of what its output lacks.
 
-    `inputs` (in + 1, in + 1): y y^T. `lacking` (out, in + 1): (wanted - W x - b) y^T, for the original W and b. `center`
-    (in,): the mean of the first tokens, since sums of squares around zero lose what differs between large values.
+    `inputs` (in + 1, in + 1): y y^T. `lacking` (out, in + 1): (wanted - W x - b) y^T, for the original W and b.
+    `center` (in,): the mean of the first tokens, since squares around zero lose what differs between large values.
     """
 
     count: int = 0

@@ -59,8 +59,8 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse; default minmax, of "
-        "--preset quantize auto",
+        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse; default "
+        "minmax, of --preset quantize auto",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
@@ -76,8 +76,8 @@ class QuantConfig:
     )
     fill: bool | None = setting(
         None,
-        "calibrate on full grids: stopped patches as pools show them, else their nearest kept ones; default: --observer "
-        "decides",
+        "calibrate on full grids: stopped patches as pools show them, else their nearest kept ones; default: "
+        "--observer decides",
         **EITHER,
     )
     join: bool = setting(False, "calibrate on what the images of a PRI trajectory are together, on full grids")
@@ -88,8 +88,8 @@ class QuantConfig:
     reconstruct: bool = setting(False, "learn rounding and ranges, block by block, on the images")
     reconstruct_loss: str = setting(
         "mse",
-        "what its blocks are asked for: their output (mse), by what it does to the predictions (fisher: FIMA-Q), or with "
-        "the last features behind it (global: GLF-Q)",
+        "what its blocks are asked for: their output (mse), by what it does to the predictions (fisher: FIMA-Q), or "
+        "with the last features behind it (global: GLF-Q)",
         choices=RECONSTRUCTION_LOSSES,
     )
     reconstruct_steps: int = setting(300, "steps for each block", type=positive)

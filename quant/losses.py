@@ -69,10 +69,10 @@ class Global(SquaredError):
 class Fisher(SquaredError):
     """The error weighted by what it does to the predictions: diagonal and low rank of the Fisher matrix (FIMA-Q).
 
-    With e = |error| (B, T D) of an image, g_k the mean over images of the gradient's magnitude at the k-th moment and d_k
-    the mean of e there, G and D of these rows: (e G^T)(D D^T)^-1 (e G^T)^T + mean(e^2 mean_k g_k), each relative to its
-    first value, times that of the squared error. The classifier's is the divergence itself. Gradients are those of the
-    divergence of predictions at `TEMPERATURE`, the stages behind in full precision, of `LOOKED_AT` images.
+    With e = |error| (B, T D) of an image, g_k the mean over images of the gradient's magnitude at the k-th moment and
+    d_k the mean of e there, G and D of these rows: (e G^T)(D D^T)^-1 (e G^T)^T + mean(e^2 mean_k g_k), each relative to
+    its first value, times that of the squared error. The classifier's is the divergence itself. Gradients are those of
+    the divergence of predictions at `TEMPERATURE`, the stages behind in full precision, of `LOOKED_AT` images.
     """
 
     def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:

@@ -14,7 +14,8 @@ class ActivationQuantizer(nn.Module):
     A symmetric one has codes from -2^(bits - 1) to 2^(bits - 1) - 1, and a zero point of 0. `heads`: how many, of
     tensors (B, heads, ..); None: the tensor has one range.
 
-    Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`, () or (heads,).
+    Passes tensors through while it observes; quantizes once `freeze` has fixed `scale` and `zero_point`, () or
+    (heads,).
     """
 
     def __init__(self, bits: int, observer: Observer | None, symmetric: bool = False, heads: int | None = None) -> None:

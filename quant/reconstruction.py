@@ -122,12 +122,12 @@ class LearnedQuantizer(nn.Module):
 
 @dataclass(frozen=True)
 class FinishedStages:
-    """What a reconstruction has learned so far, a file for each stage, for a run that was stopped to go on behind it."""
+    """What a reconstruction has learned so far, a file for each stage: a run that was stopped goes on behind them."""
 
     folder: Path
 
     def restore(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> bool:
-        """Put what was learned into the stage of `quantized`, and `generator` where it was; False if it is not there."""
+        """Put what was learned into the stage of `quantized`, `generator` where it was; False if it is not there."""
         file = self._file(number)
         if not file.is_file():
             return False

@@ -2,8 +2,8 @@
 
 Channels of the residual stream, and of queries, keys and values, differ by orders of magnitude. A random orthogonal
 matrix makes them all alike, so that one scale for a tensor does what one for each channel would (QuaRot, Ashkboos et
-al., NeurIPS 2024). LN(Q x) = Q LN(x) for an orthogonal Q that leaves the vector of ones where it is, so that layer norms
-stay layer norms once scale and offset are in the layers that read them.
+al., NeurIPS 2024). LN(Q x) = Q LN(x) for an orthogonal Q that leaves the vector of ones where it is, so that layer
+norms stay layer norms once scale and offset are in the layers that read them.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from models import SparseImages, SparseViT
 from quant import QuantConfig, quantize, reconstruction
 from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
-from quant.quantizers import ActivationQuantizer
 from quant.losses import LOSSES, Fisher
+from quant.quantizers import ActivationQuantizer
 from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer
 from quant.sensitivity import sensitivity
 from quant.stages import Stage, stages, walk

@@ -209,12 +209,10 @@ def choice(asked: QuantConfig, config: QuantConfig, vit: SparseViT) -> str | Non
     steps = [f"--{key}" for key in ("rotate", "compensate", "fill") if getattr(config, key) and not getattr(asked, key)]
     if not steps:
         return f"auto takes --observer {config.observer}: at these widths ranges are all that it takes"
-    text = (
-        f"auto takes --observer {config.observer} {' '.join(steps)}: below 8 bits channels that look alike and layers "
-    )
+    why = "below 8 bits channels that look alike and layers fitted to their input decide"
     left = rotations(vit).refused() if asked.rotate is None else []
-    why = f" (not rotated: {'; '.join(left)})" if left else ""
-    return f"{text}fitted to their input decide{why}"
+    but = f" (not rotated: {'; '.join(left)})" if left else ""
+    return f"auto takes --observer {config.observer} {' '.join(steps)}: {why}{but}"
 
 
 def remedies(config: QuantConfig, mode: int | None) -> list[str]:
