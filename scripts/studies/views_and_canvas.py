@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from inversion import InversionConfig
 from inversion.canvases import CANVASES
 from models.config import ModelConfig
-from quant import QuantConfig
+from quant import OBSERVERS, QuantConfig
 from scripts.compare import bits
 from scripts.comparison import Rows
 from scripts.studies.image_quality import Bench, Images, QualityConfig, cell, chosen_figures, markdown, shown
@@ -67,6 +67,7 @@ class GridConfig:
         (), "widths to calibrate at, such as 8/8 4/4; default none", nargs="*", type=bits, metavar="W/A"
     )
     calibration_images: int = setting(32, "images that calibrate", type=positive, metavar="N")
+    observer: str = setting("auto", "how they calibrate, as for test_quant.py", choices=(*OBSERVERS, "auto"))
     fill: bool = setting(False, "fill stopped patches for calibration")
     datapool: str = setting("./datapool", "where pools are kept", metavar="DIR")
 
@@ -107,7 +108,7 @@ def calibrated(bench: Bench, images: SparseImages, config: GridConfig) -> dict[s
 
     few = images.at(spaced(len(images), config.calibration_images))
     models = {
-        f"{width[0]}/{width[1]}": quantize(bench.teacher, few, QuantConfig(*width, observer="auto", fill=config.fill))
+        f"{width[0]}/{width[1]}": quantize(bench.teacher, few, QuantConfig(*width, config.observer, fill=config.fill))
         for width in config.bits
     }
     found = evaluate(models, evaluation_loader(bench.model, bench.data), torch.device("cpu"))
@@ -134,7 +135,8 @@ def measured(
             found.setdefault(key, []).append(row["value"])
     if config.bits:
         wanted = {"calibrated": list(config.bits), "images": kind.digest, "model": bench.model.fingerprint()}
-        wanted |= {"count": config.calibration_images, "fill": config.fill, "val_limit": bench.data.val_limit}
+        wanted |= {"count": config.calibration_images, "observer": config.observer, "fill": config.fill}
+        wanted |= {"val_limit": bench.data.val_limit}
         row = rows.find(wanted) or rows.add(wanted, {"name": pool, "value": calibrated(bench, images, config)})
         found |= {text: [value] for text, value in row["value"].items()}
     return found
