@@ -26,7 +26,6 @@ from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES
 from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
-from utils.device import pick_dtype
 from utils.files import atomic
 
 STEP_IMAGES = 8
@@ -103,12 +102,10 @@ class LearnedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, ActivationQuantizer):
-            scale, zero_point = self.log_scale.exp(), self.quantizer.zero_point.to(x.dtype)
-            codes = self.quantizer.low, self.quantizer.high
-            if self.quantizer.heads is None:
-                out = torch._fake_quantize_learnable_per_tensor_affine(x, scale[None], zero_point[None], *codes, 1.0)
-            else:
-                out = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, 1, *codes, 1.0)
+            spread = self.quantizer.spread
+            scale, zero_point = spread(self.log_scale.exp()), spread(self.quantizer.zero_point)
+            level = (x / scale + zero_point).clamp(self.quantizer.low, self.quantizer.high)
+            out = (level + (level.round() - level).detach() - zero_point) * scale
         else:
             out = x + (self.quantizer(x) - x).detach()
         return torch.where(_coins(x, self.generator), x, out)
@@ -223,8 +220,7 @@ def _reconstruct_stage(
             chosen = torch.randperm(len(target), generator=generator, device=target.device)[:step_images]
             mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
             wanted.look(progress, lambda n: stage.run(quantized, *(x[:n] for x in quantized_inputs)))
-            with _halved(config, quantized.device):
-                loss = error = wanted(stage.run(quantized, *mixed), chosen)
+            loss = error = wanted(stage.run(quantized, *mixed), chosen)
             if progress > WARM_UP:
                 power = 2 + 18 * (1 - progress) / (1 - WARM_UP)
                 loss = error + ROUNDING_WEIGHT * sum(rounding.undecided(power) for rounding in roundings)
@@ -234,12 +230,6 @@ def _reconstruct_stage(
             bar.update()
             if step % SHOWN == 0:
                 bar.set_postfix(error=f"{error.item():.3g}", refresh=False)
-
-
-def _halved(config: QuantConfig, device: torch.device) -> torch.autocast:
-    """Products in bfloat16 where the device is fast at it and steps between codes are wider than what it rounds off."""
-    fast = max(config.w_bit, config.a_bit) < 8 and pick_dtype("auto", device) == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 @contextlib.contextmanager

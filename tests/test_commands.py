@@ -53,17 +53,53 @@ def test_quantization_end_to_end_on_the_bundled_model(tmp_path, quick, mode):
     assert ("Inversion loss" in page) == (mode == 0)
 
 
-def test_low_bits_with_everything_that_mends_them(tmp_path, quick):
+def test_low_bits_with_everything_that_mends_them(tmp_path, quick, capsys):
     flags = ["--w_bit", "4", "--a_bit", "4", "--observer", "auto", "--keep", "first,head", "--bias_correction"]
     flags += ["--reconstruct", "--reconstruct_steps", "10", "--sensitivity", "--save", str(tmp_path / "saved")]
     report = test_quant.main([*quick, *flags, "--mode", "2", "--num_images", "32"])
     assert report["quant"]["top1"] >= 90
-    assert report["quantization"]["method"] == "repq"
+    how = report["quantization"]
+    assert (how["observer"], how["method"], how["rotate"], how["compensate"]) == ("auto", "heads", True, True)
+    assert "auto takes --observer heads --rotate --compensate --fill: " in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert rows == report["sensitivity"]
     assert {"patch_proj", "head.head", "blocks.5.mlp.fc2", "blocks.0.tap_probs"} <= {row["layer"] for row in rows}
     assert Image.open(tmp_path / "out" / "sensitivity.png").size[0] > 400
     assert load_quantized(tmp_path / "saved").num_classes == 10
+
+
+def test_the_preset_chooses_images_and_calibrator_and_flags_win_over_it():
+    def asked(*flags):
+        return quant_task(quant_parser("").parse_args(flags))
+
+    task = asked("--preset", "quantize", "--w_bit", "4")
+    assert (task.num_images, task.quantization.observer, task.images.config.iterations) == (64, "auto", 30)
+    task = asked("--preset", "quantize", "--num_images", "8", "--observer", "mse", "--no-rotate", "--fill")
+    how = task.quantization
+    assert (task.num_images, how.observer, how.rotate, how.compensate, how.fill) == (8, "mse", False, None, True)
+    task = asked("--preset", "smi")
+    assert (task.num_images, task.quantization.observer) == (32, "minmax")
+
+
+def test_only_trajectories_are_joined(quick):
+    flags = [
+        "--strategy",
+        "pri",
+        "--iterations",
+        "30",
+        "--calib-batchsize",
+        "8",
+        "--w_bit",
+        "4",
+        "--a_bit",
+        "4",
+        "--join",
+    ]
+    report = test_quant.main([*quick[8:], *flags, "--observer", "auto"])
+    assert report["quant"]["top1"] >= 80
+    assert report["inversion"]["patches_per_stage"][-1] == 16
+    with pytest.raises(UserError, match=r"--join.*--strategy pri"):
+        test_quant.main([*quick, "--join"])
 
 
 def test_a_second_run_takes_the_pool_as_it_is_and_reports_what_it_cost(tmp_path, quick):

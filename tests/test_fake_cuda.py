@@ -86,10 +86,12 @@ def test_calibration_reconstruction_and_evaluation_on_the_device(observer, image
     vit = model.sparse(CUDA)
     forward = SparseViT.forward
     monkeypatch.setattr(SparseViT, "forward", device.inside("step", forward))
-    config = QuantConfig(4, 4, observer, batch_size=2, bias_correction=True, fill=observer == "mse")
+    fitted = {"rotate": True, "compensate": True} if observer == "heads" else {}
+    config = QuantConfig(4, 4, observer, batch_size=2, bias_correction=True, fill=observer == "mse", **fitted)
     quantized = quantize(vit, images, config)
     assert {x.device.type for x in quantized.state_dict().values()} == {"cuda"}
-    learning = QuantConfig(4, 4, observer, batch_size=2, reconstruct=True, reconstruct_steps=3)
+    loss = {"heads": "fisher", "repq": "global"}.get(observer, "mse")
+    learning = QuantConfig(4, 4, observer, batch_size=2, reconstruct=True, reconstruct_steps=3, reconstruct_loss=loss)
     fixed, device.waits = device.waits, 0
     quantize(vit, images, learning)
     assert device.waits <= fixed + len(vit.blocks) + 2

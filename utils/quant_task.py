@@ -130,7 +130,7 @@ def quant_report(task: QuantTask, device: torch.device | None = None) -> dict:
         "calibration": task.images.kind,
         "w_bit": config.w_bit,
         "a_bit": config.a_bit,
-        "quantization": {**asdict(task.quantization), "method": config.method},
+        "quantization": {**asdict(config), "observer": task.quantization.observer, "method": config.method},
         "chosen": choice(task.quantization, config, vit),
         **task.origin(device),
         **accuracy,
