@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES
 from quant.quantizers import ActivationQuantizer
 from quant.stages import Stage, walk
+from utils.errors import UserError
 from utils.files import atomic
 
 STEP_IMAGES = 8
@@ -124,15 +126,21 @@ class FinishedStages:
     folder: Path
 
     def restore(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> bool:
-        """Put what was learned into the stage of `quantized`, `generator` where it was; False if it is not there."""
+        """Put what was learned into the stage of `quantized`, `generator` where it was; False if it is not there.
+
+        Raises `UserError` for a damaged file.
+        """
         file = self._file(number)
         if not file.is_file():
             return False
-        state = load_file(file)
-        generator.set_state(state.pop("generator"))
-        there = quantized.state_dict()
-        for name, value in state.items():
-            there[name].copy_(value)
+        try:
+            state = load_file(file)
+            generator.set_state(state.pop("generator"))
+            there = quantized.state_dict()
+            for name, value in state.items():
+                there[name].copy_(value)
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{file} is damaged ({str(error).splitlines()[0][:80]}); remove its folder") from None
         return True
 
     def keep(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> None:

@@ -15,6 +15,7 @@ from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuanti
 from quant.sensitivity import sensitivity
 from quant.stages import Stage, stages, walk
 from tests.conftest import tiny_vit, whole_images
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -194,6 +195,9 @@ def test_a_reconstruction_that_was_stopped_goes_on_behind_its_finished_stages(vi
     assert len(learned) == 5 and learned[2] == learned[3]
     for name, value in wanted.state_dict().items():
         assert torch.equal(value, found.state_dict()[name]), name
+    finished._file(0).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"stage-000\.safetensors is damaged"):
+        quantize(vit, images, config, finished=finished)
     finished.remove()
     assert not finished.folder.exists()
 
