@@ -23,7 +23,7 @@ from quant.insert import QuantizedLinear, quantized_layers
 from quant.quantizers import EPS, least_error_scale
 from quant.stages import Stage, walk
 
-RIDGE = 1.0
+RIDGE = 4.0
 """What holds the fitted weights to the original ones: so much of the input's mean square, for every value."""
 DAMPING = 0.01
 """The same for what makes up for rounding; keeps its matrix from being singular."""
