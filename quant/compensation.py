@@ -153,7 +153,6 @@ def _fit(layer: QuantizedLinear, original: nn.Linear, moments: Moments) -> Tenso
     energy = (inputs.diagonal()[:-1] + moments.count * moments.center.square()).mean().clamp(min=EPS)
     held = inputs.double().clone()
     held.diagonal()[:-1].add_(RIDGE * energy)
-    held.diagonal()[-1].add_(RIDGE * 0.01 * moments.count)
     change = torch.cholesky_solve(moments.lacking.T.double(), torch.linalg.cholesky(held)).T.to(weight.dtype)
     bias = change[:, -1] - change[:, :-1] @ moments.center
     bias = bias if original.bias is None else original.bias + bias
