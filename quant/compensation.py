@@ -61,7 +61,7 @@ class Moments:
 @torch.no_grad()
 def compensate(
     reference: SparseViT, quantized: SparseViT, images: SparseImages, batch_size: int, progress: bool = False
-) -> dict[str, Tensor]:
+) -> dict[str, nn.Linear]:
     """Fit the weights and biases of every quantized layer, in place, in the order of the forward pass.
 
     Args:
@@ -72,7 +72,7 @@ def compensate(
         progress: show a progress bar on stderr.
 
     Returns:
-        The fitted weight (out, in) of every layer before it was rounded.
+        Every layer as it was fitted, before it was rounded.
     """
     fitted = {}
     with tqdm(total=len(quantized_layers(quantized)), desc="compensation", unit="layer", disable=not progress) as bar:
@@ -147,8 +147,8 @@ def _reached(vit: SparseViT, name: str, stream: str | None, run: Callable[[], ob
     return seen["layer"], seen.get("stream")
 
 
-def _fit(layer: QuantizedLinear, original: nn.Linear, moments: Moments) -> Tensor:
-    """Give a layer the weight and the bias that `moments` ask for, the weight rounded; returned as it was before."""
+def _fit(layer: QuantizedLinear, original: nn.Linear, moments: Moments) -> nn.Linear:
+    """Give a layer the weight and the bias that `moments` ask for, rounded; returned is what was not rounded yet."""
     weight, inputs = original.weight, moments.inputs
     energy = (inputs.diagonal()[:-1] + moments.count * moments.center.square()).mean().clamp(min=EPS)
     held = inputs.double().clone()
@@ -156,7 +156,8 @@ def _fit(layer: QuantizedLinear, original: nn.Linear, moments: Moments) -> Tenso
     change = torch.cholesky_solve(moments.lacking.T.double(), torch.linalg.cholesky(held)).T.to(weight.dtype)
     bias = change[:, -1] - change[:, :-1] @ moments.center
     bias = bias if original.bias is None else original.bias + bias
-    fitted = weight = weight + change[:, :-1]
+    weight = weight + change[:, :-1]
+    fitted = _linear(weight, bias)
     if layer.weight_scale is not None:
         mean = inputs[-1, :-1] / moments.count
         centred = inputs[:-1, :-1] - moments.count * mean[:, None] * mean  # the bias makes up for the mean
@@ -166,9 +167,15 @@ def _fit(layer: QuantizedLinear, original: nn.Linear, moments: Moments) -> Tenso
         bias = bias + (weight - rounded) @ (moments.center + mean)
         layer.weight_scale.copy_(scale)
         weight = rounded
-    layer.linear.weight = nn.Parameter(weight, requires_grad=False)
-    layer.linear.bias = nn.Parameter(bias, requires_grad=False)
+    layer.linear = _linear(weight, bias)
     return fitted
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with this weight (out, in) and bias (out,), which do not learn."""
+    layer = nn.Linear(*weight.T.shape, device="meta")
+    layer.weight, layer.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    return layer
 
 
 def rounded_in_turn(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -184,7 +191,8 @@ def rounded_in_turn(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -
         bits: width.
     """
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    moments = moments + (DAMPING * moments.diagonal().mean()).clamp(min=EPS) * torch.eye(len(moments)).to(moments)
+    moments = moments.clone()
+    moments.diagonal().add_((DAMPING * moments.diagonal().mean()).clamp(min=EPS))
     order = moments.diagonal().argsort(descending=True)
     lower = torch.linalg.cholesky(moments[order][:, order])
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

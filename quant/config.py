@@ -135,7 +135,8 @@ class QuantConfig:
         if self.rotate is None and not rotates:
             chosen["rotate"] = False
         if auto:
-            chosen["observer"] = ("heads" if chosen["rotate"] or self.a_bit == 32 else "repq") if few else "mse"
+            fine = "heads" if chosen["rotate"] or self.a_bit >= 8 else "repq"
+            chosen["observer"] = fine if few else "mse"
         return replace(self, **chosen)
 
     def fed(self, images: SparseImages, grid: PatchGrid) -> SparseImages:

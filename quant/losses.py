@@ -78,47 +78,46 @@ class Fisher(SquaredError):
     def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
         super().__init__(stage, reference, target, batch_size)
         self.stage, self.reference, self.few = stage, reference, batch_size
-        self.gradients, self.errors, self.first = [], [], None
+        self.seen: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             logits = [stage.logits(reference, part) for part in target.split(batch_size)]
         self.wanted = (torch.cat(logits) / TEMPERATURE).log_softmax(dim=-1)
 
     def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
         """Take the gradients of the next moment once it has come."""
-        if self.stage.last or progress * MOMENTS < len(self.gradients):
+        if self.stage.last or progress * MOMENTS < len(self.seen):
             return
         with torch.no_grad():
             out = outputs(min(LOOKED_AT, len(self.target)))
         magnitudes = []
         for part, wanted in zip(out.split(self.few), self.wanted[: len(out)].split(self.few), strict=True):
             part = part.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._divergence(self.stage.logits(self.reference, part), wanted), part)
-            magnitudes.append(gradient.abs().flatten(1))
-        self.gradients.append(torch.cat(magnitudes).mean(dim=0))
-        self.errors.append((out - self.target[: len(out)]).abs().flatten(1).mean(dim=0))
-        self.first = None
-        moments = torch.stack(self.errors).double()
-        damping = 1e-6 * torch.eye(len(moments), dtype=torch.float64).to(moments)
-        squared = moments @ moments.T
-        self.inverse = torch.linalg.inv(squared + damping * squared.diagonal().mean().clamp(min=1e-30)).float()
+            divergence = self._divergences(self.stage.logits(self.reference, part), wanted).sum()
+            magnitudes.append(torch.autograd.grad(divergence, part)[0].abs().flatten(1))
+        error = (out - self.target[: len(out)]).abs().flatten(1)
+        self.seen.append((torch.cat(magnitudes).mean(dim=0), error.mean(dim=0)))
+        self.gradients, errors = (torch.stack(rows) for rows in zip(*self.seen, strict=True))
+        self.diagonal, self.first = self.gradients.mean(dim=0), None
+        squared = errors.double() @ errors.double().T
+        squared.diagonal().add_(1e-6 * squared.diagonal().mean().clamp(min=1e-30))
+        self.inverse = torch.linalg.inv(squared).float()
 
     def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
         if self.stage.last:
-            return self._divergence(out, self.wanted[chosen]) * TEMPERATURE**2
+            return self._divergences(out, self.wanted[chosen]).mean() * TEMPERATURE**2
         error = (out - self.target[chosen]).abs().flatten(1)
-        gradients = torch.stack(self.gradients)
-        along = error @ gradients.T
-        parts = ((along @ self.inverse) * along).sum(dim=1).mean(), (error.square() * gradients.mean(dim=0)).mean()
+        along = error @ self.gradients.T
+        parts = ((along @ self.inverse) * along).sum(dim=1).mean(), (error.square() * self.diagonal).mean()
         if self.first is None:
             local = super().__call__(out, chosen).detach()
             self.first = [0.5 * local / part.detach().clamp(min=1e-30) for part in parts]
         return sum(first * part for first, part in zip(self.first, parts, strict=True))
 
     @staticmethod
-    def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from what is wanted, log-probabilities (B, classes), summed over images."""
+    def _divergences(logits: Tensor, wanted: Tensor) -> Tensor:
+        """Kullback-Leibler divergence (B,) from what is wanted, log-probabilities (B, classes)."""
         found = (logits / TEMPERATURE).log_softmax(dim=-1)
-        return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
 
 
 LOSSES: dict[str, type[Loss]] = {"mse": SquaredError, "fisher": Fisher, "global": Global}

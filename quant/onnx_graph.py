@@ -128,7 +128,7 @@ class Graph:
         if isinstance(quantizer, ActivationQuantizer):
             if quantizer.heads is None:
                 return self.in_integers(x, quantizer, transposed, factor)
-            return self.of_heads(x, quantizer, transposed, factor)
+            return self.by_head(x, quantizer, transposed, factor)
         if isinstance(quantizer, LogSqrt2Quantizer):
             x = self.log_sqrt2(x, quantizer)
         if transposed is not None:
@@ -149,9 +149,7 @@ class Graph:
             x = self.op("Transpose", x, perm=transposed)
         return self.op("DequantizeLinear", x, self.constant(scale * factor), zero_point)
 
-    def of_heads(
-        self, x: str, quantizer: ActivationQuantizer, transposed: tuple[int, ...] | None, factor: float
-    ) -> str:
+    def by_head(self, x: str, quantizer: ActivationQuantizer, transposed: tuple[int, ...] | None, factor: float) -> str:
         """`quantized` with a range for each head, in floating point: the runtime's integer product takes one scale."""
         if transposed is not None:
             x = self.op("Transpose", x, perm=transposed)

@@ -37,8 +37,6 @@ ROUNDING_WEIGHT = 0.01
 """What an undecided weight costs, against the squared error of a token."""
 SHOWN = 20
 """Steps between two looks at the error, which wait for the device."""
-LEANING = 0.5
-"""Of what `compensate` rounded: half way, every weight is on the side that was chosen."""
 WARM_UP = 0.2
 """Share of the steps before rounding is decided."""
 
@@ -46,17 +44,15 @@ WARM_UP = 0.2
 class AdaptiveRounding(nn.Module):
     """A linear layer whose weights are floor(weight / scale) + h, h in [0, 1] learned (AdaRound, eq. 20 to 24).
 
-    h starts where the weight is, with `leaning` on that way to the side that the layer's weight was rounded to.
+    `original` is what is rounded, with the scales and the width of `layer`.
     """
 
-    def __init__(self, layer: QuantizedLinear, weight: Tensor, leaning: float = 0.0) -> None:
+    def __init__(self, layer: QuantizedLinear, original: nn.Linear) -> None:
         super().__init__()
-        self.scale, self.bias = layer.weight_scale[:, None], layer.linear.bias
-        low, high = -(2 ** (layer.w_bit - 1)), 2 ** (layer.w_bit - 1) - 1
-        codes, chosen = weight / self.scale, layer.integers().to(weight.dtype)
-        near = torch.where(codes >= chosen, chosen, chosen - 1) if leaning else codes.floor()
-        self.floor = near.clamp(low, high - 1)
-        rest = torch.lerp((codes - self.floor).clamp(0.01, 0.99), chosen - self.floor, leaning)
+        self.scale, self.bias = layer.weight_scale[:, None], original.bias
+        codes = original.weight / self.scale
+        self.floor = codes.floor().clamp(-(2 ** (layer.w_bit - 1)), 2 ** (layer.w_bit - 1) - 2)
+        rest = (codes - self.floor).clamp(0.01, 0.99)
         self.raised = nn.Parameter(torch.logit((rest + 0.1) / 1.2))
 
     def share(self) -> Tensor:
@@ -125,8 +121,8 @@ class FinishedStages:
 
     folder: Path
 
-    def restore(self, number: int, stage: Stage, quantized: SparseViT, generator: torch.Generator) -> bool:
-        """Put what was learned into the stage of `quantized`, `generator` where it was; False if it is not there.
+    def restore(self, number: int, quantized: SparseViT, generator: torch.Generator) -> bool:
+        """Put what a stage has learned into `quantized`, `generator` where it was; False if it is not there.
 
         Raises `UserError` for a damaged file.
         """
@@ -150,13 +146,6 @@ class FinishedStages:
         with atomic(self._file(number)) as partial:
             save_file({**state, "generator": generator.get_state()}, partial)
 
-    def remove(self) -> None:
-        """All of them."""
-        for file in self.folder.glob("stage-*.safetensors"):
-            file.unlink()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-
     def _file(self, number: int) -> Path:
         return self.folder / f"stage-{number:03d}.safetensors"
 
@@ -166,7 +155,7 @@ def reconstruct(
     quantized: SparseViT,
     images: SparseImages,
     config: QuantConfig,
-    fitted: Mapping[str, Tensor] | None = None,
+    fitted: Mapping[str, nn.Linear] | None = None,
     progress: bool = False,
     finished: FinishedStages | None = None,
 ) -> None:
@@ -178,7 +167,7 @@ def reconstruct(
         images: calibration images, any number; `STEP_IMAGES` a step.
         config: `reconstruct_steps` a stage, `reconstruct_seconds` in all: a stage may use what the stages before it
             left, divided by the stages to come, and decides the rounding in time. `seed` draws images and dropping.
-        fitted: weights that rounding starts from, by the names of their layers; None: the full-precision ones.
+        fitted: layers that rounding starts from, by their names; None: the full-precision ones.
         progress: show a progress bar on stderr.
         finished: where stages are kept; those that are there are not learned again.
     """
@@ -191,7 +180,7 @@ def reconstruct(
         for number, stage in enumerate(walk(reference, quantized, images, config.batch_size)):
             now = time.monotonic()
             seconds = None if end is None else (end - now) / (count - number)
-            if finished is None or not finished.restore(number, stage, quantized, generator):
+            if finished is None or not finished.restore(number, quantized, generator):
                 _reconstruct_stage(
                     stage, reference, quantized, config, fitted or {}, step_images, seconds, generator, bar
                 )
@@ -205,7 +194,7 @@ def _reconstruct_stage(
     reference: SparseViT,
     quantized: SparseViT,
     config: QuantConfig,
-    fitted: Mapping[str, Tensor],
+    fitted: Mapping[str, nn.Linear],
     step_images: int,
     seconds: float | None,
     generator: torch.Generator,
@@ -245,7 +234,7 @@ def _learning(
     stage: Stage,
     reference: SparseViT,
     quantized: SparseViT,
-    fitted: Mapping[str, Tensor],
+    fitted: Mapping[str, nn.Linear],
     generator: torch.Generator,
 ) -> Iterator[tuple[list[AdaptiveRounding], list[nn.Parameter]]]:
     """Put what can be learned in the place of the stage's layers and quantizers; at the end, what was learned."""
@@ -253,10 +242,7 @@ def _learning(
     for name, layer in quantized_layers(quantized).items():
         if stage.owns(name) and layer.weight_scale is not None:
             layers.append((layer, layer.linear))
-            if name in fitted:
-                layer.linear = AdaptiveRounding(layer, fitted[name], LEANING)
-            else:
-                layer.linear = AdaptiveRounding(layer, originals[name].linear.weight)
+            layer.linear = AdaptiveRounding(layer, fitted.get(name, originals[name].linear))
     for name, quantizer in quantizers(quantized).items():
         if stage.owns(name):
             learned[name] = LearnedQuantizer(quantizer, generator)
@@ -266,6 +252,7 @@ def _learning(
     with torch.no_grad():
         for layer, linear in layers:
             linear.weight.copy_(layer.linear.weight((layer.linear.raised >= 0).float()))
+            linear.bias = layer.linear.bias
             layer.linear = linear
         for name, one in learned.items():
             quantized.set_submodule(name, one.learned())

@@ -126,18 +126,14 @@ def without_scales(vit: SparseViT) -> SparseViT:
 def orthogonal(size: int, generator: torch.Generator, fixed: bool = False) -> Tensor:
     """A random orthogonal matrix (size, size), float64; `fixed`: one that leaves the vector of ones where it is."""
 
-    def drawn(size: int) -> Tensor:
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-        return q * r.diagonal().sign()
-
+    matrix = torch.eye(size, dtype=torch.float64)
     if not fixed:
-        return drawn(size)
-    start = torch.eye(size, dtype=torch.float64)
-    start[:, 0] = 1
-    basis = torch.linalg.qr(start).Q  # its first vector is that of ones
-    inside = torch.eye(size, dtype=torch.float64)
-    inside[1:, 1:] = drawn(size - 1)
-    return basis @ inside @ basis.T
+        return nn.init.orthogonal_(matrix, generator=generator)
+    basis = matrix.clone()
+    basis[:, 0] = 1
+    basis = torch.linalg.qr(basis).Q  # its first vector is that of ones
+    nn.init.orthogonal_(matrix[1:, 1:], generator=generator)
+    return basis @ matrix @ basis.T
 
 
 def _rotate_stream(vit: SparseViT, matrix: Tensor) -> None:

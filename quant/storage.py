@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -145,18 +146,17 @@ def quantized_once(
 def _finished_stages(folder: Path, digest: str) -> FinishedStages:
     """Where a reconstruction of that digest keeps its stages; those of another one are removed."""
     stages = folder / STAGES
-    marker, finished = stages / MADE_FROM, FinishedStages(stages)
+    marker = stages / MADE_FROM
     if not marker.is_file() or read_json(marker, digest=str)["digest"] != digest:
         remove_stages(folder)
         stages.mkdir(parents=True, exist_ok=True)
         write_json(marker, {"digest": digest})
-    return finished
+    return FinishedStages(stages)
 
 
 def remove_stages(folder: Path) -> None:
     """Take away what a reconstruction that was stopped left in `folder`."""
-    (folder / STAGES / MADE_FROM).unlink(missing_ok=True)
-    FinishedStages(folder / STAGES).remove()
+    shutil.rmtree(folder / STAGES, ignore_errors=True)
 
 
 def remove_quantized(folder: Path) -> None:

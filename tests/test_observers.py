@@ -205,6 +205,7 @@ def test_auto_chooses_by_width():
     chosen = QuantConfig(8, 8, "auto").resolved()
     assert (chosen.observer, chosen.rotate, chosen.compensate, chosen.fill) == ("mse", False, False, False)
     assert QuantConfig(4, 4, "auto", rotate=False, fill=False).resolved().observer == "repq"
+    assert QuantConfig(4, 8, "auto", rotate=False).resolved().observer == "heads"
     assert QuantConfig(4, 4).method == "minmax"
 
 
@@ -263,7 +264,11 @@ def test_reparameterization_needs_norms_with_scale_and_offset(vit, images):
     vit.blocks[1].norm2 = nn.RMSNorm(32)
     with pytest.raises(UserError, match=r"repq.*blocks\.1\.norm2"):
         quantize(vit, images, QuantConfig(4, 4, "repq"))
-    assert fitting(vit, QuantConfig(4, 4, "auto", rotate=False)).observer == "mse"
+    plain = {"rotate": False, "compensate": False, "fill": False}
+    assert fitting(vit, QuantConfig(4, 4, "auto", **plain)).observer == "mse"
+    configs = (QuantConfig(4, 4, "auto", **plain), QuantConfig(4, 4, "mse"))
+    chosen, asked = (quantize(vit, images, config) for config in configs)
+    assert torch.equal(chosen(images.patches, images.positions).logits, asked(images.patches, images.positions).logits)
 
 
 def test_a_classifier_behind_a_mean_gets_the_range_of_the_mean(images):

@@ -198,8 +198,6 @@ def test_a_reconstruction_that_was_stopped_goes_on_behind_its_finished_stages(vi
     finished._file(0).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"stage-000\.safetensors is damaged"):
         quantize(vit, images, config, finished=finished)
-    finished.remove()
-    assert not finished.folder.exists()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -228,8 +226,7 @@ def test_the_fisher_loss_is_the_formula():
     for number, out in enumerate(outputs):
         loss.look(number / 5, lambda n, out=out: out[:n])
         logits = out.flatten(1) @ classifier / 20
-        # The gradient of a mean over the images of a batch: 3 images, then 1.
-        by_image = (logits.softmax(dim=1) - wanted.exp()) @ classifier.T / 20 / torch.tensor([3, 3, 3, 1])[:, None]
+        by_image = (logits.softmax(dim=1) - wanted.exp()) @ classifier.T / 20
         gradients.append(by_image.abs().mean(dim=0))
         errors.append((out - target).flatten(1).abs().mean(dim=0))
     g, d = torch.stack(gradients), torch.stack(errors)

@@ -65,7 +65,7 @@ class QuantTask(Task):
         natural.check(self.check_images, "--check_images")
         if self.opset is not None and not self.export:
             raise UserError("--opset is the version of the file of --export, which is not given")
-        if self.quantization.join and getattr(self.images, "kind", "pri") not in ("pri", "stored"):
+        if self.quantization.join and self.images.kind not in ("pri", "stored"):
             raise UserError("--join puts the images of pri trajectories together; give --strategy pri")
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
             raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
