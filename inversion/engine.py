@@ -29,7 +29,6 @@ from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
 from inversion.views import Draw, Seen, Views, numbers_of
 from models import LoadedModel, SparseImages, SparseViT, pack_blocks
-from models.sparse_vit import SparseBlock
 from utils.device import keep_freed_memory, require_memory, within_memory
 from utils.errors import UserError, UserNote
 
@@ -427,19 +426,13 @@ def require_memory_for(
 def trajectory_bytes(vit: SparseViT, config: InversionConfig, device: torch.device) -> int:
     """About what one canvas of whole images needs: what its backward pass reads, and its pixels with their moments."""
     tokens, number = vit.grid.count + vit.prefix_tokens, getattr(torch, config.dtype).itemsize
-    saved = [block_numbers(block, tokens, device) for block in vit.blocks]
+    saved = [block.saved(tokens, pairs=device.type == "cpu") for block in vit.blocks]  # elsewhere attention is fused
     passes = 1 + sum(name in ("adv", "cr", "bn") for name, value in config.weights.items() if value)
     between = 4 * vit.grid.count**2 * len(vit.blocks) if config.weights.get("pse") else 0
     # One block's gradients are held beside what was saved, and pixels in some fifteen forms, more for coefficients and
     # where views change them.
     forms = 25 if config.canvas != "pixels" or {*config.views} - {*DEFAULT_VIEWS} else 15
     return passes * number * (sum(saved) + 2 * max(saved)) + 4 * (forms * vit.grid.count * vit.grid.pixels + between)
-
-
-def block_numbers(block: SparseBlock, tokens: int, device: torch.device) -> int:
-    """About how many numbers a block keeps for the gradient to the tokens of one image."""
-    pairs = block.heads * tokens if device.type == "cpu" else 0  # elsewhere attention is fused
-    return tokens * (5 * block.proj.out_features + block.hidden + pairs)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

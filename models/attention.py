@@ -16,11 +16,15 @@ from utils.device import bfloat16_units
 PADDED_MULTIPLE = 2 if "amx_bf16" in bfloat16_units() else 1
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v for queries, keys and values of shape (B, heads, T, head_dim)."""
-    if q.device.type == "cpu" and q.requires_grad:
-        return _WrittenOut.apply(q * scale, k, v)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale * q k^T + bias) v for queries, keys and values of shape (B, heads, T, head_dim).
+
+    `bias` (B, heads, Q, T), or (1, heads, Q, T).
+    """
+    learns = bias is not None and bias.requires_grad
+    if q.device.type == "cpu" and q.requires_grad and not learns:
+        return _WrittenOut.apply(q * scale, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def padded_count(tokens: int, dtype: torch.dtype) -> int:
@@ -34,9 +38,14 @@ def pad_tokens(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, extra)) if extra else x.contiguous()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Attention weights (M, Q, T') and outputs (M, Q, head_dim) for `tokens` tokens padded to T', q scaled already."""
+def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention weights (M, Q, T') and outputs (M, Q, head_dim) for `tokens` tokens padded to T', q scaled already.
+
+    M = B * heads; `bias` as for `attention`.
+    """
     scores = torch.bmm(q, k.transpose(1, 2))
+    if bias is not None:
+        scores.unflatten(0, (-1, bias.shape[1]))[:, :, : bias.shape[2], :tokens] += bias
     scores[..., tokens:] = float("-inf")
     weights = scores.softmax(dim=-1)
     return weights, torch.bmm(weights, v)
@@ -51,17 +60,17 @@ def attend_backward(weights: Tensor, q: Tensor, k: Tensor, v: Tensor, grad: Tens
 
 
 class _WrittenOut(torch.autograd.Function):
-    """`attend` on q (B, heads, Q, head_dim), k and v (B, heads, T, head_dim)."""
+    """`attend` on q (B, heads, Q, head_dim), k and v (B, heads, T, head_dim); no gradient to the bias."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         ctx.shapes = q.shape, k.shape, v.shape
         padded = [pad_tokens(x.flatten(0, 1)) for x in (q, k, v)]
-        weights, out = attend(*padded, tokens=k.shape[-2])
+        weights, out = attend(*padded, k.shape[-2], bias)
         ctx.save_for_backward(weights, *padded)
         return out[:, : q.shape[-2]].reshape(q.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         grads = attend_backward(*ctx.saved_tensors, pad_tokens(grad.flatten(0, 1)))
-        return tuple(x[:, : shape[-2]].reshape(shape) for x, shape in zip(grads, ctx.shapes, strict=True))
+        return *(x[:, : shape[-2]].reshape(shape) for x, shape in zip(grads, ctx.shapes, strict=True)), None

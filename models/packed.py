@@ -14,7 +14,9 @@ from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
-from models.sparse_vit import BlockOutput, SparseBlock, SparseViT
+from models.blocks import BlockOutput, SparseBlock
+from models.positions import Turned
+from models.sparse_vit import SparseViT
 
 aten = torch.ops.aten
 
@@ -77,9 +79,10 @@ class PackedBlock(nn.Module):
 
     def __init__(self, block: SparseBlock, dtype: torch.dtype) -> None:
         super().__init__()
-        self.heads = block.heads
+        self.heads, self.position = block.heads, block.position.fixed(dtype)
         layers = (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
         self.inner, self.products = block.proj.in_features, sum(layer.weight.numel() for layer in layers)
+        self.turns = isinstance(block.position, Turned)
         self.gelu = block.mlp.act.approximate
         self.norm1, self.norm2 = PackedNorm(block.norm1, dtype), PackedNorm(block.norm2, dtype)
         scale = torch.ones(block.qkv.out_features, device=block.qkv.weight.device)
@@ -95,7 +98,8 @@ class PackedBlock(nn.Module):
         identities = (block.q_norm, block.k_norm, block.attn_norm, *block.taps())
         layers = (block.qkv, block.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
         return (
-            all(type(module) is nn.Identity for module in identities)
+            type(block) is SparseBlock
+            and all(type(module) is nn.Identity for module in identities)
             and block.gate is None
             and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
             and all(isinstance(scale, nn.Identity | LayerScale) for scale in (block.ls1, block.ls2))
@@ -109,15 +113,19 @@ class PackedBlock(nn.Module):
         """Itself: nothing in it ever changes."""
         return self
 
-    def forward(self, x: Tensor, queries: None = None, return_attended: bool = False) -> BlockOutput:
+    def forward(
+        self, x: Tensor, queries: None = None, return_attended: bool = False, where: Tensor | None = None
+    ) -> BlockOutput:
         """As `SparseBlock.forward` of all tokens."""
-        return BlockOutput(*_PackedBlock.apply(x, self, return_attended))
+        return BlockOutput(*_PackedBlock.apply(x, self, return_attended, where))
 
-    def attention_weights(self, x: Tensor) -> Tensor:
+    def attention_weights(self, x: Tensor, queries: None = None, where: Tensor | None = None) -> Tensor:
         """As `SparseBlock.attention_weights` of all tokens."""
         qkv = self.qkv(self.norm1(x)[0]).unflatten(-1, (3, self.heads, -1))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return (q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
+        q, k, bias = self.position.turned(q, where), self.position.turned(k, where), self.position.bias(where)
+        scores = q @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(dim=-1).mean(dim=1)
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """As `SparseBlock.flops`; every token is computed."""
@@ -126,23 +134,30 @@ class PackedBlock(nn.Module):
 
 class _PackedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, block: PackedBlock, return_attended: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx, x: Tensor, block: PackedBlock, return_attended: bool, where: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         batch, tokens, _ = x.shape
         y, *moments1 = block.norm1(x)
         qkv = block.qkv(y).view(batch, tokens, 3, block.heads, -1)
-        q, k, v = pad_tokens(qkv.permute(2, 0, 3, 1, 4)).flatten(1, 2).unbind(0)
-        weights, out = attend(q, k, v, tokens)
+        if block.turns:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = block.position.turned(q, where), block.position.turned(k, where)
+            q, k, v = (pad_tokens(x).flatten(0, 1) for x in (q, k, v))
+        else:
+            q, k, v = pad_tokens(qkv.permute(2, 0, 3, 1, 4)).flatten(1, 2).unbind(0)
+        weights, out = attend(q, k, v, tokens, block.position.bias(where))
         out = out.view(batch, block.heads, -1, q.shape[-1])[:, :, :tokens].transpose(1, 2).flatten(2)
         middle = block.proj.plus(out, x)
         y, *moments2 = block.norm2(middle)
         hidden = block.fc1(y)
-        ctx.block = block
+        ctx.block, ctx.where = block, where
         ctx.save_for_backward(x, *moments1, weights, q, k, v, middle, *moments2, hidden)
         tokens = block.fc2.plus(aten.gelu(hidden, approximate=block.gelu), middle)
         return tokens, out if return_attended else None
 
     @staticmethod
-    def backward(ctx, grad: Tensor, to_attended: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor, to_attended: Tensor | None) -> tuple[Tensor, None, None, None]:
         block, grad = ctx.block, grad.contiguous()
         x, mean1, rstd1, weights, q, k, v, middle, mean2, rstd2, hidden = ctx.saved_tensors
         batch, tokens, _ = x.shape
@@ -157,9 +172,11 @@ class _PackedBlock(torch.autograd.Function):
         to_qkv = x.new_empty(batch, tokens, 3, block.heads, q.shape[-1])
         for part, to_part in enumerate(attend_backward(weights, q, k, v, to_out)):
             to_part = to_part.view(batch, block.heads, -1, q.shape[-1])[:, :, :tokens]
+            if block.turns and part < 2:
+                to_part = block.position.turned(to_part, ctx.where, back=True)
             to_qkv[:, :, part] = to_part.transpose(1, 2)
         to_y = block.qkv.backward(to_qkv.flatten(2))
-        return block.norm1.backward(to_y, x, mean1, rstd1).add_(to_middle), None, None
+        return block.norm1.backward(to_y, x, mean1, rstd1).add_(to_middle), None, None, None
 
 
 def _gamma(scale: nn.Module) -> Tensor | None:

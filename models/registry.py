@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.config import NAMED_MODELS, ModelConfig, NamedModel, short_name
 from models.formats import weights_file
 from models.patches import PatchGrid
-from models.sparse_vit import SparseViT, require_supported
+from models.sparse_vit import SparseViT, grid_of, require_supported
 from models.weights import Weights, check_preprocessing, load_into, read_vit, require_complete
 from utils.cli import Number
 from utils.errors import UserError
@@ -125,8 +125,7 @@ class LoadedModel:
     @property
     def grid(self) -> PatchGrid:
         """The patches of its images."""
-        embed = self.vit.patch_embed
-        return PatchGrid(*embed.grid_size, *embed.patch_size, embed.proj.in_channels)
+        return grid_of(self.vit)
 
     def sparse(self, device: torch.device | str = "cpu") -> SparseViT:
         """The model on kept patches, on `device`; it shares its weights with `vit`, which moves along."""

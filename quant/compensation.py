@@ -116,11 +116,12 @@ def _moments(stage: Stage, reference: SparseViT, quantized: SparseViT, name: str
 def _stream(vit: SparseViT, name: str) -> str | None:
     """The norm that reads the residual stream which this layer's output is added to as it is."""
     block, _, leaf = name.partition(".")[2].partition(".")
-    norms = {"proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}
-    if not name.startswith("blocks.") or leaf not in norms:
+    if not name.startswith("blocks."):
         return None
-    norm, scale = (f"blocks.{block}.{part}" for part in norms[leaf])
-    return norm if isinstance(vit.get_submodule(scale), nn.Identity) else None
+    norm, behind = vit.blocks[int(block)].writers.get(leaf, (None, None))
+    if norm is None or not isinstance(getattr(vit.blocks[int(block)], behind), nn.Identity):
+        return None
+    return f"blocks.{block}.{norm}"
 
 
 def _reached(vit: SparseViT, name: str, stream: str | None, run: Callable[[], object]) -> tuple[Tensor, Tensor | None]:

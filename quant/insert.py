@@ -21,6 +21,9 @@ from quant.quantizers import (
 
 Quantizer = ActivationQuantizer | LogSqrt2Quantizer
 
+UNQUANTIZED = ("places", "position", "between_heads")
+"""Parts of a model whose layers read no tokens."""
+
 
 class QuantizedLinear(nn.Module):
     """A linear layer (or the patch projection) with a quantizer on its input and its weight rounded once, or later.
@@ -51,9 +54,11 @@ class QuantizedLinear(nn.Module):
 
 
 def places(vit: SparseViT, method: Method) -> dict[str, nn.Module]:
-    """What `method` quantizes, by name: every linear layer with the patch projection, and taps."""
+    """What `method` quantizes, by name: every linear layer that reads tokens, the patch projection, and taps."""
     found = {}
     for name, module in vit.named_modules():
+        if any(part in UNQUANTIZED for part in name.split(".")):
+            continue
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Linear) or (leaf.startswith("tap_") and leaf[len("tap_") :] in method.taps):
             found[name] = module
@@ -103,9 +108,8 @@ def _heads(vit: SparseViT, name: str) -> int | None:
 def wrapped(vit: SparseViT) -> SparseViT:
     """A copy of `vit` that computes in full precision, its layers under the names that they have when quantized."""
     vit = copy.deepcopy(vit).requires_grad_(False)
-    for name, layer in list(vit.named_modules()):
-        if isinstance(layer, nn.Linear):
-            vit.set_submodule(name, QuantizedLinear(layer, nn.Identity(), 32, None))
+    for name, layer in places(vit, Method(Observer, taps=())).items():
+        vit.set_submodule(name, QuantizedLinear(layer, nn.Identity(), 32, None))
     return vit
 
 

@@ -21,9 +21,14 @@ LOOKED_AT = 32
 
 
 class Loss(Protocol):
-    """Made for a stage, from what the full-precision model gives there; knows how far a step's output is from it."""
+    """Made for a stage, from what the full-precision model gives there; knows how far a step's output is from it.
 
-    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None: ...
+    `positions` (N, n): of the patches of the images in `target` (N, ..).
+    """
+
+    def __init__(
+        self, stage: Stage, reference: SparseViT, target: Tensor, positions: Tensor, batch_size: int
+    ) -> None: ...
 
     def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
         """Before a step, at this share of all steps; `outputs(n)` is what the stage gives of the first n images now."""
@@ -35,8 +40,8 @@ class Loss(Protocol):
 class SquaredError:
     """Squared distance of a token, mean over tokens (BRECQ, Li et al., ICLR 2021)."""
 
-    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
-        self.target = target
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, positions: Tensor, batch_size: int) -> None:
+        self.target, self.positions = target, positions
 
     def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
         """Nothing to see."""
@@ -51,16 +56,22 @@ class Global(SquaredError):
     The two count alike in the first step.
     """
 
-    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
-        super().__init__(stage, reference, target, batch_size)
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, positions: Tensor, batch_size: int) -> None:
+        super().__init__(stage, reference, target, positions, batch_size)
         self.through, self.weight = stage.features, None
         self.reference = reference
         with torch.no_grad():
-            self.features = torch.cat([self.through(reference, part) for part in target.split(batch_size)])
+            parts = zip(target.split(batch_size), positions.split(batch_size), strict=True)
+            self.features = torch.cat([self.through(reference, *part) for part in parts])
 
     def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
         local = super().__call__(out, chosen)
-        last = (self.through(self.reference, out) - self.features[chosen]).square().sum(dim=-1).mean()
+        last = (
+            (self.through(self.reference, out, self.positions[chosen]) - self.features[chosen])
+            .square()
+            .sum(dim=-1)
+            .mean()
+        )
         if self.weight is None:
             self.weight = local.detach() / last.detach().clamp(min=1e-30)
         return local + self.weight * last
@@ -75,12 +86,13 @@ class Fisher(SquaredError):
     the divergence of predictions at `TEMPERATURE`, the stages behind in full precision, of `LOOKED_AT` images.
     """
 
-    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, batch_size: int) -> None:
-        super().__init__(stage, reference, target, batch_size)
+    def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, positions: Tensor, batch_size: int) -> None:
+        super().__init__(stage, reference, target, positions, batch_size)
         self.stage, self.reference, self.few = stage, reference, batch_size
         self.seen: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            logits = [stage.logits(reference, part) for part in target.split(batch_size)]
+            parts = zip(target.split(batch_size), positions.split(batch_size), strict=True)
+            logits = [stage.logits(reference, *part) for part in parts]
         self.wanted = (torch.cat(logits) / TEMPERATURE).log_softmax(dim=-1)
 
     def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
@@ -90,9 +102,10 @@ class Fisher(SquaredError):
         with torch.no_grad():
             out = outputs(min(LOOKED_AT, len(self.target)))
         magnitudes = []
-        for part, wanted in zip(out.split(self.few), self.wanted[: len(out)].split(self.few), strict=True):
+        parts = (x[: len(out)].split(self.few) for x in (out, self.positions, self.wanted))
+        for part, at, wanted in zip(*parts, strict=True):
             part = part.detach().requires_grad_()
-            divergence = self._divergences(self.stage.logits(self.reference, part), wanted).sum()
+            divergence = self._divergences(self.stage.logits(self.reference, part, at), wanted).sum()
             magnitudes.append(torch.autograd.grad(divergence, part)[0].abs().flatten(1))
         error = (out - self.target[: len(out)]).abs().flatten(1)
         self.seen.append((torch.cat(magnitudes).mean(dim=0), error.mean(dim=0)))

@@ -15,7 +15,7 @@ from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from models import SparseViT
-from models.sparse_vit import SparseBlock
+from models.blocks import SparseBlock
 from quant.config import stores_int4
 from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer

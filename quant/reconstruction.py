@@ -203,7 +203,7 @@ def _reconstruct_stage(
     inputs, quantized_inputs = _joined(stage.inputs), _joined(stage.quantized_inputs)
     with torch.no_grad():
         target = torch.cat([stage.run(reference, *batch) for batch in stage.inputs])
-    wanted = LOSSES[config.reconstruct_loss](stage, reference, target, config.batch_size)
+    wanted = LOSSES[config.reconstruct_loss](stage, reference, target, inputs[-1], config.batch_size)
     start = time.monotonic()
     with _learning(stage, reference, quantized, fitted, generator) as (roundings, scales):
         groups = [([rounding.raised for rounding in roundings], ROUNDING_LR), (scales, SCALE_LR)]
@@ -265,6 +265,8 @@ def _joined(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
 
 def _mixed(full: Tensor, quantized: Tensor, generator: torch.Generator) -> Tensor:
     """What the full-precision model gives, at a random half of the places, what the quantized one gives elsewhere."""
+    if not full.is_floating_point():  # positions, which are the same
+        return full
     return torch.where(_coins(full, generator), full, quantized)
 
 

@@ -42,12 +42,12 @@ def norm_sites(vit: SparseViT) -> list[NormSite]:
 
 
 def block_sites(vit: SparseViT) -> list[NormSite]:
-    """Both norms of every block."""
-    sites = []
-    for i in range(len(vit.blocks)):
-        sites.append(NormSite(f"blocks.{i}.norm1", _named(vit, f"blocks.{i}", "qkv", "gate")))
-        sites.append(NormSite(f"blocks.{i}.norm2", _named(vit, f"blocks.{i}.mlp", "fc1", "fc1_g", "fc1_x")))
-    return sites
+    """The norms of every block that only linear layers read."""
+    return [
+        NormSite(f"blocks.{i}.{norm}", tuple(f"blocks.{i}.{name}" for name in readers))
+        for i, block in enumerate(vit.blocks)
+        for norm, readers in block.readers.items()
+    ]
 
 
 def reparameterize(

@@ -17,7 +17,7 @@ from timm.layers import LayerScale, RmsNorm
 from torch import Tensor, nn
 
 from models import SparseViT
-from models.sparse_vit import SparseBlock
+from models.blocks import SparseBlock
 from quant.reparameterization import block_sites
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)

@@ -19,8 +19,8 @@ Run = Callable[..., Tensor]
 class Stage:
     """A part of the model, and what both models feed it: a tuple of tensors for each batch of calibration images.
 
-    `run(vit, *batch)` is its output of either model; `prefixes` is how the names of what it holds begin; `behind` are
-    the runs of the stages that follow.
+    `run(vit, *batch)` is its output of either model; the last tensor of a batch are positions. `prefixes` is how the
+    names of what it holds begin; `behind` are the runs of the stages that follow.
     """
 
     prefixes: tuple[str, ...]
@@ -34,18 +34,18 @@ class Stage:
         """Whether its output are logits."""
         return not self.behind
 
-    def logits(self, vit: SparseViT, out: Tensor) -> Tensor:
+    def logits(self, vit: SparseViT, out: Tensor, positions: Tensor) -> Tensor:
         """What `vit` makes of an output of this stage: logits (B, classes)."""
         for run in self.behind:
-            out = run(vit, out)
+            out = run(vit, out, positions)
         return out
 
-    def features(self, vit: SparseViT, out: Tensor) -> Tensor:
+    def features(self, vit: SparseViT, out: Tensor, positions: Tensor) -> Tensor:
         """The same without the classifier: what it reads, of the last stage its output."""
         if self.last:
             return out
         for run in self.behind[:-1]:
-            out = run(vit, out)
+            out = run(vit, out, positions)
         return vit.head.features(vit.norm(out))
 
     def owns(self, name: str) -> bool:
@@ -54,17 +54,17 @@ class Stage:
 
 
 def stages(vit: SparseViT) -> list[tuple[tuple[str, ...], Run]]:
-    """Prefixes and `run` of every stage: patches and positions -> tokens, tokens -> tokens, tokens -> logits."""
+    """Prefixes and `run` of every stage: patches -> tokens, tokens -> tokens, tokens -> logits."""
     last = len(vit.blocks) - 1
 
     def block(index: int) -> Run:
         queries = vit.last_queries if index == last else None
-        return lambda model, tokens: model.blocks[index](tokens, queries).tokens
+        return lambda model, tokens, at: model.blocks[index](tokens, queries, where=model.where(at)).tokens
 
     return [
-        (("patch_proj", "tap_embed"), lambda model, patches, positions: model.embed(patches, positions)),
+        (("patch_proj", "tap_embed"), lambda model, patches, at: model.embed(patches, at)),
         *(((f"blocks.{index}.",), block(index)) for index in range(last + 1)),
-        (("head.",), lambda model, tokens: model.head.classify(model.head.features(model.norm(tokens)))),
+        (("head.",), lambda model, tokens, at: model.head.classify(model.head.features(model.norm(tokens)))),
     ]
 
 
@@ -78,8 +78,8 @@ def walk(reference: SparseViT, quantized: SparseViT, images: SparseImages, batch
         behind = tuple(run for _, run in all_stages[number + 1 :])
         yield Stage(prefixes, run, inputs, quantized_inputs, behind)
         with torch.no_grad():
-            inputs = [(run(reference, *batch),) for batch in inputs]
-            quantized_inputs = [(run(quantized, *batch),) for batch in quantized_inputs]
+            inputs = [(run(reference, *batch), batch[-1]) for batch in inputs]
+            quantized_inputs = [(run(quantized, *batch), batch[-1]) for batch in quantized_inputs]
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from inversion.canvas import Jitter, PatchCanvas
 from inversion.targets import distributions
 from inversion.views import Draw
 from models import DEFAULT_MODEL, LoadedModel, load_model
+from models.blocks import SparseBlock
 from models.packed import PackedBlock
-from models.sparse_vit import SparseBlock
 from tests.conftest import tiny_model
 from tests.test_canvas import jittered_positions, plain_tv
 

@@ -46,7 +46,7 @@ def test_stages_one_after_another_are_the_model(vit, images):
     tensors = images.patches, images.positions
     with torch.no_grad():
         for _, run in stages(vit):
-            tensors = (run(vit, *tensors),)
+            tensors = (run(vit, *tensors), images.positions)
         torch.testing.assert_close(tensors[0], vit(images.patches, images.positions).logits)
 
 
@@ -217,9 +217,9 @@ def test_the_fisher_loss_is_the_formula():
     """Diagonal and low rank of FIMA-Q by loops over images, from gradients that are looked at twice."""
     generator = torch.Generator().manual_seed(0)
     target, classifier = torch.randn(4, 3, 2, generator=generator), torch.randn(6, 5, generator=generator)
-    behind = (lambda _, out: out.flatten(1) @ classifier,)
+    behind = (lambda _, out, at: out.flatten(1) @ classifier,)
     stage = Stage((), lambda: None, [], [], behind)
-    loss = Fisher(stage, None, target, batch_size=3)
+    loss = Fisher(stage, None, target, torch.zeros(4, 3, dtype=torch.long), batch_size=3)
     outputs = [target + torch.randn(4, 3, 2, generator=generator) for _ in range(2)]
     wanted = (target.flatten(1) @ classifier / 20).log_softmax(dim=1)
     gradients, errors = [], []

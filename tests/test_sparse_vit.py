@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ResPostBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,7 +111,6 @@ REFUSED = [
     ("vit_tiny_patch16_224", {"num_classes": 0}, "head"),
     ("vit_tiny_patch16_224", {"img_size": 72}, "multiple"),
     ("vit_tiny_r_s16_p8_224", {}, "embedded"),
-    ("vit_tiny_patch16_224", {"block_fn": ResPostBlock}, "ResPostBlock"),
     ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
     ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "Attention"),
     ("vit_tiny_patch16_224", {"global_pool": ""}, "pooling"),

@@ -42,8 +42,8 @@ def left_out(way: str | None) -> Iterator[None]:
     """The engine without one of the ways; all are in use for None."""
     patches = {
         "packed blocks": patch("inversion.engine.pack_blocks", lambda vit, dtype: None),
-        "written-out attention": patch("models.sparse_vit.attention", _stock_attention),
-        "folded last block": patch("models.sparse_vit.SparseBlock._folds", lambda block: False),
+        "written-out attention": patch("models.blocks.attention", _stock_attention),
+        "folded last block": patch("models.blocks.SparseBlock._folds", lambda block: False),
         "CUDA graph": patch("inversion.capture.EAGER_STEPS", 10**9),
     }
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,15 @@
+"""Families of architectures, a file each: how a timm model becomes what `SparseViT` runs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from models.families import beit, eva, relpos, vision_transformer
+from models.families.base import Family
+
+FAMILIES: tuple[Family, ...] = (vision_transformer, eva, beit, relpos)
+
+
+def family_of(vit: nn.Module) -> Family | None:
+    """The family of a timm model; None where it is of none."""
+    return next((family for family in FAMILIES if type(vit) in family.MODELS), None)
