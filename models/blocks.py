@@ -206,6 +206,17 @@ def named_layers(block: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(modules.get(name), nn.Linear))
 
 
+def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer, of weights of its own, that gives what several of the same input give, side by side."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    made = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if biases:
+        made.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return made
+
+
 def joined_linear(layers: Sequence[nn.Linear], biases: Sequence[Tensor | None] | None = None) -> nn.Linear:
     """One linear layer that gives what several give, side by side; what it learns is learned by them.
 

@@ -53,6 +53,19 @@ class Turned(Position):
         patches = apply_rot_embed_cat(x[:, :, self.prefix :], rows, half=self.half).to(x.dtype)
         return torch.cat([x[:, :, : self.prefix], patches], dim=2) if self.prefix else patches
 
+    def as_products(self, where: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines, sines (tokens, heads or 1, head_dim), matrix (head_dim, head_dim): x cos + (x matrix) sin is turned.
+
+        For all patches in their order, behind the prefix tokens.
+        """
+        rows = (where if self.block is None else where[self.block])[0].float()
+        sines, cosines = rows.transpose(0, 1).chunk(2, dim=-1)
+        sines = torch.cat([torch.zeros_like(sines[:1]).expand(tokens - len(sines), -1, -1), sines])
+        cosines = torch.cat([torch.ones_like(cosines[:1]).expand(tokens - len(cosines), -1, -1), cosines])
+        size = sines.shape[-1]
+        quarter = torch.cat([torch.ones(size), torch.zeros(size)])  # sines of ones, cosines of zeros
+        return cosines, sines, apply_rot_embed_cat(torch.eye(size), quarter, half=self.half)
+
 
 class RelativeBias(Position):
     """A bias for every pair of tokens of the full grid, of which those of the kept tokens are taken.
