@@ -215,7 +215,7 @@ class InversionConfig:
             raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
 
     def of(self, vit: SparseViT) -> InversionConfig:
-        """The configuration with what `auto` stands for in this model; `cls` where nothing stops, so nothing is ranked."""
+        """The configuration with what `auto` stands for in this model; `cls` where nothing is ranked."""
         if self.importance != "auto":
             return self
         ranks = self.strategy != "dense" and not (self.strategy == "grow" and self.prune_it == (-1,))
