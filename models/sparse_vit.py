@@ -48,11 +48,13 @@ class ViTOutput(NamedTuple):
     """What `SparseViT` gives: logits (B, classes), what the classifier read (B, D), and what was asked for besides.
 
     `attended`: for each block the attention's output of every patch (B, n, D), heads side by side, not projected yet.
+    `tokens` (B, n, D): of the patches, as the pooling reads them.
     """
 
     logits: Tensor
     features: Tensor
     attended: tuple[Tensor, ...] = ()
+    tokens: Tensor | None = None
 
 
 class SparseViT(nn.Module):
@@ -113,7 +115,12 @@ class SparseViT(nn.Module):
         return self.places(positions)
 
     def forward(
-        self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False, return_attended: bool = False
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        mirrored: bool | Tensor = False,
+        return_attended: bool = False,
+        return_tokens: bool = False,
     ) -> ViTOutput:
         """Run the model on kept patches.
 
@@ -123,15 +130,18 @@ class SparseViT(nn.Module):
             mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead);
                 a bool, or an int64 tensor () that is 0 or 1.
             return_attended: also return what the attention of every block puts out.
+            return_tokens: also return the patches' tokens.
         """
         x, attended, where = self.embed(patches, positions, mirrored), [], self.where(positions)
-        few = None if return_attended else self.last_queries
+        few = None if return_attended or return_tokens else self.last_queries
         for block in self.blocks:
             x, out = block(x, few if block is self.blocks[-1] else None, return_attended, where)
             if out is not None:
                 attended.append(out[:, self.prefix_tokens :])
-        features = self.head.features(self.norm(x))
-        return ViTOutput(self.head.classify(features), features, tuple(attended))
+        x = self.norm(x)
+        features = self.head.features(x)
+        tokens = x[:, self.head.prefix_tokens :] if return_tokens else None
+        return ViTOutput(self.head.classify(features), features, tuple(attended), tokens)
 
     def attention_weights(self, patches: Tensor, positions: Tensor, last_only: bool = False) -> list[Tensor]:
         """What every token gives every token in each block, mean over heads: (B, T, T), prefix tokens first.

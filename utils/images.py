@@ -79,6 +79,9 @@ class Stored:
 
 Source = Inverted | Noise | Real | Stored
 
+NEEDS_PRI = "--join puts the images of pri trajectories together; give --strategy pri"
+"""To a user who asks for it with other images."""
+
 
 def calibration_images(
     model: LoadedModel, source: Source, count: int, seed: int = 0, device: torch.device | str | None = None
