@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
 from models.blocks import BlockOutput, SparseBlock
-from models.positions import Turned
 from models.sparse_vit import SparseViT
 
 aten = torch.ops.aten
@@ -82,7 +81,7 @@ class PackedBlock(nn.Module):
         self.heads, self.position = block.heads, block.position.fixed(dtype)
         layers = (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
         self.inner, self.products = block.proj.in_features, sum(layer.weight.numel() for layer in layers)
-        self.turns = isinstance(block.position, Turned)
+        self.turns = block.position.turns
         self.gelu = block.mlp.act.approximate
         self.norm1, self.norm2 = PackedNorm(block.norm1, dtype), PackedNorm(block.norm2, dtype)
         scale = torch.ones(block.qkv.out_features, device=block.qkv.weight.device)

@@ -33,6 +33,8 @@ def require_exportable(vit: SparseViT) -> None:
     for block in vit.blocks:
         if block.gate is not None:
             refuse("a gated attention")
+        if block.position.turns or block.position.biases:
+            refuse("an attention that knows where tokens are")
         if type(block.mlp) is not Mlp:
             refuse(f"an MLP of the kind {type(block.mlp).__name__}")
         if not isinstance(block.mlp.act, nn.GELU):
