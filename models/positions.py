@@ -119,24 +119,27 @@ class RotaryPlaces(Places):
     def __init__(self, rope: nn.Module, grid: tuple[int, int], mixed: bool) -> None:
         super().__init__()
         self.rope, self.grid, self.mixed = rope, tuple(grid), mixed
-        self.computed: Tensor | None = None
+        self.stored = getattr(rope, "feat_shape", None) is not None
+        # Made once, where nothing learns: timm makes some of them on the host, which a device would wait for.
+        self.computed = None if self.stored or mixed else rope.get_embed(shape=list(grid))
 
     def forward(self, positions: Tensor) -> Tensor:
-        whole, positions = self._whole(positions.device), _once(positions)
+        whole, positions = self._whole(), _once(positions)
         if self.mixed:
             return whole[:, :, positions].transpose(1, 2)
         return whole[positions][:, None]
 
-    def _whole(self, device: torch.device) -> Tensor:
+    def _whole(self) -> Tensor:
         """Those of the full grid, as timm asks for them: what is stored where there is such a thing."""
-        if getattr(self.rope, "feat_shape", None) is not None:
-            return self.rope.get_embed()
-        if self.mixed:  # they learn
-            return self.rope.get_embed(shape=list(self.grid))
-        if self.computed is None or self.computed.device != device:
-            # Once: timm makes some of them on the host, which a device would wait for at every step.
-            self.computed = self.rope.get_embed(shape=list(self.grid))
-        return self.computed
+        if self.computed is not None:
+            return self.computed
+        return self.rope.get_embed() if self.stored else self.rope.get_embed(shape=list(self.grid))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPlaces:
+        super()._apply(fn, recurse)
+        if self.computed is not None:  # moves along, in its own number format, as timm's do
+            self.computed = self.computed.to(fn(self.computed).device)
+        return self
 
 
 def _once(positions: Tensor) -> Tensor:
