@@ -23,9 +23,9 @@ from utils.errors import UserError
 
 LOGITS, GRADIENTS = 1e-4, 1e-3
 """How far logits and pixel gradients may be apart, in units of the largest."""
-QUANTIZED, EXPORTED = 0.1, 0.01
-"""The same of a W8/A8 model and its original, and of a file in ONNX Runtime and the model that it simulates: a value on
-the edge between two integers may go to either."""
+LOW, QUANTIZED, EXPORTED = 0.1, 0.1, 0.01
+"""The same of a model in bfloat16, of a W8/A8 model and its original, and of a file in ONNX Runtime and the model that
+it simulates: a value on the edge between two integers may go to either."""
 SMALL = {"depth": 3, "embed_dim": 64, "num_heads": 2, "num_classes": 7}
 GRID = 3, 4
 OWN = {"num_kv_heads": (2, 1, 2)}
@@ -150,20 +150,17 @@ def packed(case: Case) -> Found:
     pack_blocks(fast, torch.float32)
     if not any(isinstance(block, PackedBlock) for block in fast.blocks):
         return Found(None, why="not packed")
-    errors = apart(fast.forward_images(case.images), case.vit(case.images)) / LOGITS
-    expected = pixel_gradient(case.vit, case.images)
-    return Found(
-        max(errors * LOGITS, apart(pixel_gradient(fast.forward_images, case.images), expected) * LOGITS / GRADIENTS),
-        LOGITS,
-    )
+    by_ours, by_timm = (pixel_gradient(model, case.images) for model in (fast.forward_images, case.vit))
+    of_logits = apart(fast.forward_images(case.images), case.vit(case.images))
+    return Found(max(of_logits, apart(by_ours, by_timm) * LOGITS / GRADIENTS), LOGITS)
 
 
 def permuted(case: Case) -> Found:
     """Logits of patches in another order."""
     grid = case.sparse.grid
     order = torch.randperm(grid.count, generator=torch.Generator().manual_seed(2))
-    positions = grid.all_positions(IMAGES)[:, order]
-    return Found(apart(case.sparse(grid.patchify(case.images)[:, order], positions).logits, case.vit(case.images)), LOGITS)
+    patches, positions = grid.patchify(case.images)[:, order], grid.all_positions(IMAGES)[:, order]
+    return Found(apart(case.sparse(patches, positions).logits, case.vit(case.images)), LOGITS)
 
 
 class OnlyKept(TorchFunctionMode):
@@ -200,6 +197,14 @@ def sparse(case: Case) -> Found:
     return Found(apart(case.sparse(grid.patchify(case.images)[rows, kept], kept).logits, expected), LOGITS)
 
 
+def low_precision(case: Case) -> Found:
+    """Logits in bfloat16, packed where blocks can be."""
+    fast = SparseViT(case.vit).requires_grad_(False)
+    pack_blocks(fast, torch.bfloat16)
+    fast = copy.deepcopy(fast).to(torch.bfloat16)
+    return Found(apart(fast.forward_images(case.images.bfloat16()).float(), case.vit(case.images)), LOW)
+
+
 def rotation(case: Case) -> Found:
     """Logits of the model rotated where it can be."""
     parts = rotations(case.sparse)
@@ -232,6 +237,7 @@ CHECKS: dict[str, Callable[[Case], Found]] = {
     "logits": logits,
     "gradients": gradients,
     "packed": packed,
+    "bfloat16": low_precision,
     "permuted": permuted,
     "sparse": sparse,
     "rotated": rotation,
