@@ -146,7 +146,8 @@ class SparseBlock(nn.Module):
 
     def saved(self, tokens: int, pairs: bool) -> int:
         """About how many numbers are kept for the gradient to the tokens of one image; `pairs`: scores among them."""
-        return tokens * (5 * self.proj.out_features + self.hidden + (self.heads * tokens if pairs else 0))
+        of_pairs = self.heads * tokens * (pairs + self.position.biases)
+        return tokens * (5 * self.proj.out_features + self.hidden + of_pairs)
 
     def _qkv(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> queries (B, heads, Q, head_dim), keys and values (B, heads, T, head_dim)."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
 from models.blocks import BlockOutput, SparseBlock, joined
-from models.positions import Turned
 from models.sparse_vit import SparseViT
 
 aten = torch.ops.aten
@@ -158,7 +157,7 @@ class PackedBlock(nn.Module):
     def __init__(self, block: SparseBlock, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.position = block.heads, block.position.fixed(dtype)
-        self.turns = isinstance(block.position, Turned)
+        self.turns = block.position.turns
         mlp = sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear))
         self.inner, self.products = block.proj.in_features, mlp
         self.products += block.qkv.weight.numel() + block.proj.weight.numel()

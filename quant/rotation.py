@@ -65,7 +65,9 @@ def _stream(vit: SparseViT) -> str | None:
                 return f"a block scales its output by a {type(scale).__name__}"
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"the MLP is a {type(block.mlp).__name__}"
-    pool = vit.head.attn_pool
+    pool, norms = vit.head.attn_pool, (vit.norm, vit.head.fc_norm)
+    if pool is None and vit.head.head_dist is None and not any(isinstance(n, nn.Identity) for n in norms):
+        return "it is normalized twice before the classifier"
     if pool is None and vit.head.head_dist is None and vit.head.pool_type not in LINEAR_POOLING:
         return f"{vit.head.pool_type} pooling is done channel by channel"
     if pool is not None and not (isinstance(getattr(pool, "kv", None), nn.Linear) and pool.pos_embed is None):
@@ -74,6 +76,8 @@ def _stream(vit: SparseViT) -> str | None:
 
 
 def _between_scores(vit: SparseViT) -> str | None:
+    if any(block.position.turns for block in vit.blocks):
+        return "they are turned by where their tokens are"
     plain = all(isinstance(norm, nn.Identity) for block in vit.blocks for norm in (block.q_norm, block.k_norm))
     return None if plain else "they are normalized"
 
