@@ -414,6 +414,21 @@ def test_a_vit_of_other_patches_is_a_student_of_whole_images(tmp_path):
         kt(tmp_path, "--epochs", 1, *flags, "--adv", 1, output="no adversary")
 
 
+def test_images_are_made_for_so_long(tmp_path):
+    """One batch at least; a run that goes on, or finds images that others made, adds what its time is good for."""
+    assert kt(tmp_path, "--epochs", 2, "--minutes", 1e-6)["history"][1]["images"] == 4
+    report = kt(tmp_path, "--epochs", 1, "--minutes", 0.02, output="longer", pool="longer pool")
+    seconds = [
+        json.loads(line)["seconds"] for line in (tmp_path / "longer" / "synthesis.jsonl").read_text().splitlines()
+    ]
+    assert report["pool"]["images"] == 4 * len(seconds)
+    assert sum(seconds) >= 1.2 > sum(seconds[:-1])
+    again = kt(tmp_path, "--epochs", 2, "--minutes", 0.02, output="longer", pool="longer pool")
+    assert [entry["images"] for entry in again["history"]] == [report["pool"]["images"]] * 2
+    with pytest.raises(UserError, match="--minutes is the time to invert"):
+        kt(tmp_path, "--epochs", 1, "--minutes", 1, "--mode", 1, output="noise")
+
+
 def test_the_images_of_a_trajectory_are_fed_together(tmp_path):
     report = kt(tmp_path, "--epochs", 1, "--strategy", "pri", "--pri_division", 4, "--join")
     assert report["history"][0]["images"] == 2

@@ -37,18 +37,22 @@ class TransferTask(Task):
     """Everything that a run of the task is asked for.
 
     `images_per_epoch`: inverted images added to the pool each epoch; 0: the pool is used as it is. `max_images`: after
-    which no more are added, or how many noise, real or stored images there are; None: no limit, or all.
+    which no more are added, or how many noise, real or stored images there are; None: no limit, or all. `minutes`: time
+    in which inverted images are made before the first epoch, instead of some each epoch.
 
     Raises `UserError` for what cannot go together.
     """
 
     images_per_epoch: int
     max_images: int | None
+    minutes: float | None
     student: StudentConfig
     distillation: DistillConfig
 
     def __post_init__(self) -> None:
         natural.check(self.images_per_epoch, "--images_per_epoch")
+        if self.minutes is not None and not isinstance(self.images, Inverted):
+            raise UserError("--minutes is the time to invert images in, and none are inverted here")
         if self.max_images is not None:
             positive.check(self.max_images, "--max_images")
         if isinstance(self.images, Noise) and not self.fixed_images:
@@ -74,7 +78,7 @@ class TransferTask(Task):
         More epochs only add to them, but where they set the length of something else.
         """
         flags = super().settings() | by_flag(self.student) | by_flag(self.distillation)
-        flags |= {"images_per_epoch": self.images_per_epoch, "max_images": self.max_images}
+        flags |= {"images_per_epoch": self.images_per_epoch, "max_images": self.max_images, "minutes": self.minutes}
         if isinstance(self.images, Inverted):
             flags["datapool"] = str(self.images.datapool)
         if self.distillation.lr_schedule == "constant" and not isinstance(self.images, Noise):
@@ -175,6 +179,9 @@ def _images(
     where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events, "eager": task.run.eager}
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
+    if task.minutes is not None:
+        count = synthesis.filled_for(60 * task.minutes, most)
+        return lambda epoch: synthesis.first(count), synthesis
     if task.images_per_epoch:
         return lambda epoch: synthesis.first(min((epoch + 1) * task.images_per_epoch, most)), synthesis
     return lambda epoch: synthesis.first(synthesis.made(most), add=False), synthesis
