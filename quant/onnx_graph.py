@@ -31,6 +31,8 @@ def require_exportable(vit: SparseViT) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
     for block in vit.blocks:
+        if type(block) is not SparseBlock:
+            refuse(f"a block of the kind {type(block).__name__}")
         if block.gate is not None:
             refuse("a gated attention")
         if type(block.mlp) is not Mlp:

@@ -10,8 +10,17 @@ from timm.models.swin_transformer import window_partition
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import SparseViT
+from inversion import InversionConfig, Inverter
+from inversion.entropy import entropy
+from inversion.priors.base import LossInputs
+from inversion.priors.psaq import PatchSimilarityEntropy, pair_cosines
+from kt import DistillConfig, Distiller
+from models import LoadedModel, SparseImages, SparseViT
+from models.registry import Preprocessing
+from quant import QuantConfig, load_quantized, quantize, save_quantized
+from quant.rotation import rotated, rotations
 from tests.conftest import randomize
+from tests.fake_cuda import CUDA, cuda  # noqa: F401
 from utils.errors import UserError
 
 TINY = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
@@ -29,6 +38,7 @@ CONFIGURATIONS = {
     "heads of their own width, no bias": (V1, {**SHIFTED, "head_dim": 5, "qkv_bias": False}),
     "three stages": (V1, {"depths": (2, 2, 2), "num_heads": (1, 2, 3), "window_size": 4}),
     "largest value": (V1, {**SHIFTED, "global_pool": "max"}),
+    "two stages, padded": (V1, {"depths": (2, 1), "num_heads": (1, 2)}),
     "version 2": (V2, {"window_size": 4}),
     "version 2, shifted": (V2, {**SHIFTED, "pretrained_window_sizes": (6, 6, 6, 6)}),
     "version 2, padded": (V2, {"depths": (2, 2, 2, 2), "window_size": 7, "img_size": (64, 96)}),
@@ -47,6 +57,24 @@ def swin(name: str = "shifted", **kwargs) -> nn.Module:
             if "relative_position_bias_table" in key or "cpb_mlp" in key or "qkv.weight" in key:
                 parameter.normal_(0, 0.3)
     return vit
+
+
+def swin_model(name: str) -> LoadedModel:
+    """As the registry would give it, its weights such that images differ in their logits."""
+    architecture, options = CONFIGURATIONS[name]
+    vit, generator = timm.create_model(architecture, **TINY | options), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.1, generator=generator)
+    size = (3, *vit.patch_embed.img_size)
+    preprocessing = Preprocessing(size, (0.48, 0.45, 0.41), (0.23, 0.22, 0.21), "bicubic", 1.0, "center")
+    vit = vit.eval().requires_grad_(False)
+    return LoadedModel("swin", vit, preprocessing, None, (architecture, TINY | options))
 
 
 def images_of(vit: nn.Module, count: int = 2) -> torch.Tensor:
@@ -247,3 +275,158 @@ REFUSED = {
 def test_what_cannot_be_honoured_is_refused(why):
     with pytest.raises(UserError, match=why):
         SparseViT(swin(**REFUSED[why]))
+
+
+def test_a_size_that_a_token_of_the_last_stage_does_not_divide_is_refused_by_its_pixels():
+    with pytest.raises(UserError, match=r"\(80, 80\) is no multiple of \(32, 32\)"):
+        SparseViT(swin(img_size=80))
+
+
+# What reads the attention
+
+
+@pytest.mark.parametrize("name", ["shifted", "padded", "version 2, shifted"])
+def test_what_attention_puts_out_is_timms_window_by_window(name):
+    vit, seen = swin(name), []
+    for block in (block for stage in vit.layers for block in stage.blocks):
+        block.attn.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    sparse, images = SparseViT(vit), images_of(vit)
+    with torch.no_grad():
+        vit(images)
+        expected = list(seen)
+        found = sparse(sparse.grid.patchify(images), sparse.grid.all_positions(2), return_attended=True)
+    for ours, there, theirs in zip(found.attended, found.present, expected, strict=True):
+        there = torch.ones(theirs.shape[:2], dtype=torch.bool) if there is None else there
+        torch.testing.assert_close(ours[there], theirs[there], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_entropy_of_similarities_is_of_windows_of_kept_tokens(counted):
+    """Against windows one by one, of their tokens alone."""
+    vit = swin("padded")
+    sparse = SparseViT(vit).requires_grad_(False)
+    sparse.places.counted = counted
+    term = PatchSimilarityEntropy.__new__(PatchSimilarityEntropy)
+    term.bandwidth = 0.1
+    positions, losses = some(sparse, 2, 4), []
+    patches = sparse.grid.taken(images_of(vit), positions).requires_grad_()
+    output = sparse(patches, positions, return_attended=True)
+    losses.append(term(LossInputs(output, None, None, None, None)))
+    each = []
+    for x, there in zip(output.attended, output.present, strict=True):
+        windows = [x[index][place][None] for index, place in enumerate(there) if place.sum() > 1]
+        each.append(torch.cat([entropy(pair_cosines(window), 0.1) for window in windows]).mean())
+    losses.append(-sum(each))
+    torch.testing.assert_close(losses[0], losses[1])
+    found, expected = (torch.autograd.grad(loss, patches, retain_graph=True)[0] for loss in losses)
+    assert_near(found, expected, 1e-3)
+
+
+# What is done with the model
+
+KEEPS = {"prune_it": (3,), "prune_ratio": (0.5,)}
+INVERSIONS = {
+    "dense": ({}, None),
+    "always the same look": ({"views": ()}, None),
+    "smi": ({**KEEPS, "importance": "all"}, 0.5),
+    "gradient": ({**KEEPS, "importance": "gradient", "dtype": "bfloat16"}, 0.5),
+    "pri": ({"strategy": "pri", "importance": "all", "pri_division": 2}, 0.5),
+    "psaq": ({**KEEPS, "importance": "all", "weights": {"oh": 1.0, "pse": 1.0, "tvt": 0.05}}, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ["shifted", "version 2, padded"])
+@pytest.mark.parametrize("settings", INVERSIONS)
+def test_images_are_inverted(name, settings):
+    model, (config, share) = swin_model(name), INVERSIONS[settings]
+    config = InversionConfig(**{"iterations": 12, "batch_size": 4, "lr": 0.1, **config})
+    batch = Inverter(model, config, torch.device("cpu")).invert(0)
+    assert batch.images.positions.shape == (4, int(model.grid.count * (share or 1)))
+    assert batch.losses.isfinite().all()
+    if settings == "always the same look":
+        assert batch.losses[-1] < 0.8 * batch.losses[0]
+
+
+@pytest.mark.parametrize("importance", ["cls", "rollout"])
+def test_what_needs_a_class_token_is_refused(importance):
+    config = InversionConfig(iterations=6, batch_size=2, **KEEPS, importance=importance)
+    with pytest.raises(UserError, match="no class token"):
+        Inverter(swin_model("shifted"), config, torch.device("cpu"))
+
+
+def test_an_inversion_on_a_device_waits_for_nothing(request):
+    model = swin_model("two stages, padded")
+    config = InversionConfig(iterations=4, batch_size=2, prune_it=(2,), prune_ratio=(0.5,), importance="all")
+    device = request.getfixturevalue("cuda")
+    inverter = Inverter(model, config, CUDA)
+    for name in ("_split", "_reduced"):
+        setattr(inverter, name, device.inside("step", getattr(inverter, name)))
+    assert len(inverter.invert(0).losses) == 4
+
+
+def varied(model: LoadedModel, count: int) -> SparseImages:
+    """Noise of different strength and brightness, half of its patches."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(count, 3, *model.grid.image_size, generator=generator)
+    images = images * torch.rand(count, 3, 1, 1, generator=generator) * 2
+    images = images + torch.randn(count, 3, 1, 1, generator=generator)
+    positions = some(model, count, model.grid.count // 2)
+    return SparseImages(model.grid.taken(images, positions), positions, torch.zeros(count, dtype=torch.long))
+
+
+QUANTIZATIONS = {
+    "minmax": {},
+    "mse": {},
+    "heads": {"rotate": True},
+    "repq": {},
+    "percentile": {},
+    "compensated": {"observer": "mse", "compensate": True},
+    "bias corrected": {"observer": "mse", "bias_correction": True},
+    "reconstructed": {"observer": "mse", "reconstruct": True, "reconstruct_steps": 10},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *(("two stages, padded", way) for way in QUANTIZATIONS),
+        *(("version 2, padded", way) for way in ("mse", "repq", "compensated", "bias corrected")),
+        ("shifted", "minmax"),
+    ],
+)
+def test_eight_bits_are_near_full_precision_and_saved_as_they_are(name, way, tmp_path):
+    """In units of how logits differ between images."""
+    model = swin_model(name)
+    images, vit = varied(model, 16), SparseViT(model.vit)
+    config = QuantConfig(8, 8, **{"observer": way, **QUANTIZATIONS[way]})
+    quantized = quantize(vit, images, config)
+    save_quantized(tmp_path / "q", quantized, model, config, list("abcde"))
+    with torch.no_grad():
+        full, found, loaded = (
+            each(images.patches, images.positions).logits for each in (vit, quantized, load_quantized(tmp_path / "q"))
+        )
+    assert torch.equal(found, loaded)
+    assert (found - full).norm() < 0.25 * (full - full.mean(dim=0)).norm()
+    assert not any("position" in key for key in quantized.state_dict() if "quantizer" in key)
+
+
+@pytest.mark.parametrize(("name", "scores"), [("shifted", True), ("padded", True), ("version 2, padded", False)])
+def test_heads_are_rotated_where_that_is_exact_and_the_stream_is_not(name, scores):
+    vit = SparseViT(swin(name))
+    found, positions = rotations(vit), some(vit, 2, vit.grid.count // 2)
+    assert "width" in found.stream
+    assert (found.scores is None, found.values is None) == (scores, True)
+    patches, turned = vit.grid.taken(images_of(swin(name)), positions), rotated(vit, seed=1)
+    with torch.no_grad():
+        assert_near(turned(patches, positions).logits, vit(patches, positions).logits, 1e-4)
+    assert not torch.equal(turned.blocks[0].qkv.weight, vit.blocks[0].qkv.weight)
+
+
+def test_a_student_learns():
+    teacher, student = swin_model("shifted"), swin_model("version 2")
+    student.vit.requires_grad_(True)
+    distiller = Distiller(teacher, student, DistillConfig(batch_size=4, lr=1e-3), torch.device("cpu"))
+    images = varied(teacher, 8)
+    losses = [distiller.run(images, 5) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert student.vit.layers[0].blocks[0].attn.cpb_mlp[0].weight.grad.abs().sum() > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead
 from timm.models import swin_transformer, swin_transformer_v2
@@ -152,14 +153,17 @@ class SwinBlock(SparseBlock):
         pads, rows = windows.padding is not None, y.flatten(0, 1)[None]
         q, k, v = self._qkv(F.pad(rows, (0, 0, 0, 1)) if pads else rows, None, None)
         scale = self.scale if self.logit_scale is None else self.logit_scale.clamp(max=LARGEST_SCALE).exp()
-        return tuple(self._cut(x, windows, pads) for x in (q * scale, k, v))
+        q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q * scale, k, v))
+        if not pads:
+            return tuple(self._by_head(windows.of(x, plain=self.plain), windows) for x in (q, k, v))
+        # Of length zero the key has no direction, which a bias that quantization adds to keys would give it.
+        key = k[-1] if self.logit_scale is None else torch.zeros_like(k[-1])
+        each = (q, q[-1]), (k, key), (v, v[-1])
+        return tuple(self._by_head(windows.of(x[:-1], padding, self.plain), windows) for x, padding in each)
 
-    def _cut(self, x: Tensor, windows: Windows, pads: bool) -> Tensor:
-        """One of them, (1, heads, B * T, head_dim), and of padding behind it -> (groups, K * heads, L, head_dim)."""
-        rows = x[0].transpose(0, 1).flatten(1)
-        found = windows.of(rows[:-1], rows[-1], self.plain) if pads else windows.of(rows, plain=self.plain)
-        by_head = found.unflatten(0, (windows.groups, -1)).unflatten(-1, (self.heads, -1))
-        return by_head.transpose(2, 3).flatten(1, 2)
+    def _by_head(self, x: Tensor, windows: Windows) -> Tensor:
+        """Windows (M, L, heads * head_dim) -> (groups, K * heads, L, head_dim)."""
+        return x.unflatten(0, (windows.groups, -1)).unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
 
     def _probs(self, q: Tensor, k: Tensor, windows: Windows) -> Tensor:
         """Queries, scaled, and keys -> attention weights (M, heads, L, L)."""
