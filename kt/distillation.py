@@ -102,9 +102,9 @@ class Distiller:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
         if isinstance(student, WholeStudent):  # which may be anything
             return
-        vit, width = SparseViT(student.vit), student.vit.embed_dim
+        vit = SparseViT(student.vit)
         tokens, learning = vit.grid.count + vit.prefix_tokens, any(p.requires_grad for p in vit.blocks.parameters())
-        saved = tokens * sum(9 * width + 2 * b.hidden + b.heads * tokens for b in vit.blocks) if learning else 0
+        saved = 2 * sum(block.saved(tokens, pairs=True) for block in vit.blocks) if learning else 0
         each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
         require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 

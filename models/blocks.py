@@ -17,10 +17,15 @@ from models.positions import Position
 
 
 class BlockOutput(NamedTuple):
-    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection."""
+    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection.
+
+    Of attention in windows `attended` is (windows, places, D), and `present` (windows, places) says which of the places
+    have a token of the image; None: all of them.
+    """
 
     tokens: Tensor
     attended: Tensor | None = None
+    present: Tensor | None = None
 
 
 class SparseBlock(nn.Module):

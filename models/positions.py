@@ -101,8 +101,8 @@ class RelativeBias(Position):
 class Places(nn.Module):
     """Positions (B, n) -> what the blocks read of them. This one: nothing."""
 
-    def forward(self, positions: Tensor) -> Tensor | None:
-        """Positions (B, n) -> a tensor, or None."""
+    def forward(self, positions: Tensor) -> Tensor | tuple | None:
+        """Positions (B, n) -> a tensor, a tuple of what a block finds its own in, or None."""
         return None
 
 

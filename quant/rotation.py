@@ -53,6 +53,8 @@ def rotations(vit: SparseViT) -> Rotations:
 
 def _stream(vit: SparseViT) -> str | None:
     """What stands between the residual stream and the layers that write or read it."""
+    if len({vit.patch_proj.out_features, *(block.proj.out_features for block in vit.blocks)}) > 1:
+        return "its width is not the same in all blocks"
     for name in ("patch_norm", "norm_pre"):
         if not isinstance(getattr(vit, name), nn.Identity):
             return f"{name} scales the channels of the embedding"
