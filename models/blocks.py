@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 
 from models.attention import attention
@@ -204,6 +205,18 @@ class SparseBlock(nn.Module):
 
 def _or_nothing(module: nn.Module | None) -> nn.Module:
     return nn.Identity() if module is None else module
+
+
+def gelu(act: nn.Module) -> str | None:
+    """Which GELU an activation is, as `torch.nn.functional.gelu` calls it; None where it is another function."""
+    if type(act) in (nn.GELU, GELU):
+        return getattr(act, "approximate", "none")
+    return "tanh" if type(act) is GELUTanh else None
+
+
+def plain(layer: nn.Module) -> nn.Linear:
+    """A linear layer itself, also where something that has it as its `linear` stands in its place."""
+    return layer if isinstance(layer, nn.Linear) else layer.linear
 
 
 def named_layers(block: nn.Module, names: Sequence[str]) -> tuple[str, ...]:

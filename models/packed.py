@@ -14,7 +14,7 @@ from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
-from models.blocks import BlockOutput, SparseBlock, joined
+from models.blocks import BlockOutput, SparseBlock, gelu, joined
 from models.sparse_vit import SparseViT
 
 aten = torch.ops.aten
@@ -77,14 +77,14 @@ class PackedMlp:
     """A frozen MLP with one hidden layer and GELU."""
 
     def __init__(self, mlp: nn.Module, dtype: torch.dtype, factor: Tensor | None) -> None:
-        self.gelu = mlp.act.approximate
+        self.gelu = gelu(mlp.act)
         self.fc1, self.fc2 = PackedLinear(mlp.fc1, dtype), PackedLinear(mlp.fc2, dtype, factor)
 
     @staticmethod
     def fits(mlp: nn.Module) -> bool:
         """Whether the MLP has nothing that is not written out here."""
         layers = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
-        plain = type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity
+        plain = type(mlp) is Mlp and gelu(mlp.act) is not None and type(mlp.norm) is nn.Identity
         return plain and all(type(layer) is nn.Linear for layer in layers)
 
     def __call__(self, y: Tensor, residual: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -15,10 +15,9 @@ from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, Mlp, RmsNorm, S
 from torch import Tensor, nn
 
 from models import SparseViT
-from models.blocks import SparseBlock
+from models.blocks import SparseBlock, gelu, plain
 from models.positions import Position, Turned
 from quant.config import stores_int4
-from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
 from utils.errors import UserError
 
@@ -37,12 +36,12 @@ def require_exportable(vit: SparseViT) -> None:
     def require_mlp(mlp: nn.Module) -> None:
         if type(mlp) not in (Mlp, GluMlp, SwiGLU):
             refuse(f"an MLP of the kind {type(mlp).__name__}")
-        if not isinstance(mlp.act, nn.GELU | nn.SiLU):
+        if gelu(mlp.act) is None and not isinstance(mlp.act, nn.SiLU):
             refuse(f"the activation {type(mlp.act).__name__}")
 
     head, norms = vit.head, [vit.patch_norm, vit.norm_pre, vit.norm, vit.head.fc_norm]
     for block in vit.blocks:
-        if type(block) is not SparseBlock:
+        if type(block) is not SparseBlock and not hasattr(block, "write"):
             refuse(f"a block of the kind {type(block).__name__}")
         require_mlp(block.mlp)
         norms += [block.norm1, block.norm2, block.q_norm, block.k_norm, block.attn_norm, block.mlp.norm]
@@ -155,7 +154,23 @@ class Graph:
 
     def activated(self, x: str, act: nn.Module) -> str:
         """GELU or SiLU."""
-        return self.op("Mul", x, self.op("Sigmoid", x)) if isinstance(act, nn.SiLU) else self.gelu(x, act.approximate)
+        return self.op("Mul", x, self.op("Sigmoid", x)) if isinstance(act, nn.SiLU) else self.gelu(x, gelu(act))
+
+    def behind_attention(self, block: SparseBlock, x: str, out: str) -> str:
+        """Rows of the stream and of what attention put out -> rows behind the block, its last sum not quantized yet."""
+        out = self.scaled(self.linear(out, block.proj), block.ls1)
+        x = self.quantized(self.op("Add", x, out), block.tap_attn_sum)
+        return self.op("Add", x, self.scaled(self.mlp(self.norm(x, block.norm2), block.mlp), block.ls2))
+
+    def unit(self, x: str, size: int) -> str:
+        """Vectors along the last axis, of so many numbers, of length one."""
+        squares = self.op("Mul", self.mean(self.op("Mul", x, x), -1, keep=True), self.constant(float(size)))
+        return self.op("Div", x, self.op("Max", self.op("Sqrt", squares), self.constant(1e-12)))
+
+    def gathered(self, rows: str, index: Tensor, tokens: int, size: int) -> str:
+        """Rows of `tokens` tokens an image, (B * tokens, size) -> those at `index`, (B * len(index), size)."""
+        chosen = self.op("Gather", self.reshape(rows, -1, tokens, size), self.constant(index, np.int64), axis=1)
+        return self.reshape(chosen, -1, size)
 
     def turned(self, x: str, position: Position, where: Tensor | None, tokens: int, queries: int | None = None) -> str:
         """Queries or keys (B, tokens, heads, head_dim), or the first `queries` of them, turned by their positions."""
@@ -271,11 +286,14 @@ class Graph:
 
 def _write(graph: Graph, vit: SparseViT) -> None:
     """Images -> logits."""
-    grid, width = vit.grid, _plain(vit.patch_proj).out_features
-    x = graph.reshape(INPUT, -1, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
-    x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
-    x = graph.norm(graph.linear(graph.reshape(x, -1, grid.pixels), vit.patch_proj), vit.patch_norm)
-    x = graph.reshape(x, -1, grid.count, width)
+    grid, width = vit.grid, plain(vit.patch_proj).out_features
+    side = vit.tokens_per_side
+    high, wide = grid.height // side, grid.width // side
+    x = graph.reshape(INPUT, -1, grid.channels, grid.rows, side, high, grid.cols, side, wide)
+    x = graph.op("Transpose", x, perm=(0, 2, 5, 3, 6, 1, 4, 7))
+    x = graph.reshape(x, -1, grid.pixels // side**2)
+    x = graph.norm(graph.linear(x, vit.patch_proj), vit.patch_norm)
+    x = graph.reshape(x, -1, grid.count * side**2, width)
     prefix, positions = vit.prefix_and_positions()
     if positions is not None:
         x = graph.op("Add", x, graph.constant(positions[None]))
@@ -290,8 +308,12 @@ def _write(graph: Graph, vit: SparseViT) -> None:
         x, tap = graph.norm(graph.quantized(x, tap), vit.norm_pre), nn.Identity()
     for block in vit.blocks:
         queries = vit.last_queries if block is vit.blocks[-1] else None
-        x, tap = _block(graph, block, x, tap, tokens, queries, width, where), block.tap_mlp_sum
-    _head(graph, vit, x, tap, vit.last_queries or tokens, width)
+        if hasattr(block, "write"):
+            x = block.write(graph, graph.quantized(x, tap), where)
+        else:
+            x = _block(graph, block, x, tap, tokens, queries, width, where)
+        tap = block.tap_mlp_sum
+    _head(graph, vit, x, tap, vit.last_queries or tokens, plain(vit.blocks[-1].proj).out_features)
 
 
 def _block(
@@ -323,7 +345,7 @@ def _block(
     entering = graph.quantized(x, tap)
     rest = entering if queries is None else graph.quantized(first(x, width), tap)
     y = graph.norm(entering, block.norm1)
-    inner = _plain(block.proj).in_features
+    inner = plain(block.proj).in_features
     q, k, v = graph.parts(graph.linear(y, block.qkv), 3)
     q = graph.turned(of_heads(first(q, inner), block.q_norm, queries or tokens), block.position, where, tokens, queries)
     q = graph.quantized(q, block.tap_q, (0, 2, 1, 3), block.scale)
@@ -338,10 +360,7 @@ def _block(
     out = graph.norm(graph.reshape(out, -1, inner), block.attn_norm)
     if block.gate is not None:
         out = graph.op("Mul", out, graph.op("Sigmoid", graph.linear(first(y, width), block.gate)))
-    out = graph.scaled(graph.linear(out, block.proj), block.ls1)
-    x = graph.quantized(graph.op("Add", rest, out), block.tap_attn_sum)
-    y = graph.scaled(graph.mlp(graph.norm(x, block.norm2), block.mlp), block.ls2)
-    return graph.op("Add", x, y)
+    return graph.behind_attention(block, rest, out)
 
 
 def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, width: int) -> None:
@@ -387,8 +406,3 @@ def _pool(graph: Graph, pool: AttentionPoolLatent, x: str, tokens: int, width: i
         out = graph.op("Add", out, graph.mlp(graph.norm(out, pool.norm), pool.mlp))
     out = graph.reshape(out, -1, count, width)
     return graph.op("Gather", out, graph.constant(0, np.int64), axis=1) if pool.pool == "token" else graph.mean(out)
-
-
-def _plain(layer: nn.Module) -> nn.Linear:
-    """The linear layer itself, quantized or not."""
-    return layer.linear if isinstance(layer, QuantizedLinear) else layer

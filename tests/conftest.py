@@ -53,6 +53,7 @@ def tiny_model(**kwargs) -> LoadedModel:
 
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+SWIN = {"embed_dim": 24, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
 # A small model for every way in which blocks, positions and heads differ, by timm's name and arguments.
 TINY_FAMILIES: dict[str, dict] = {
     "vit_base_patch16_rpn_224": {"img_size": 64, **SMALL},
@@ -70,6 +71,8 @@ TINY_FAMILIES: dict[str, dict] = {
     "vit_relpos_base_patch16_clsgap_224": {"img_size": 64, **SMALL},
     "vit_srelpos_small_patch16_224": {"img_size": 64, **SMALL},
     "vit_relpos_medium_patch16_rpn_224": {"img_size": 64, **SMALL},
+    "swin_tiny_patch4_window7_224": {"img_size": 96, "window_size": 5, **SWIN},
+    "swinv2_tiny_window8_256": {"img_size": (64, 96), "window_size": 4, **SWIN},
 }
 
 

@@ -215,7 +215,7 @@ def test_every_family_is_exported(name, opset):
     require_exportable(vit)
     images = noise(vit, 8)
     pixels = vit.grid.unpatchify(images.patches, images.positions)
-    quantized = quantize(vit, images, QuantConfig(8, 8, "mse"))
+    quantized = quantize(vit, images, QuantConfig(6, 6, "mse"))
     with torch.no_grad():
         plain, simulated = (model.forward_images(pixels).numpy() for model in (vit, quantized))
     found = logits_of(vit, pixels, opset)

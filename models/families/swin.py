@@ -9,7 +9,9 @@ logits, for there these places are keys and values like any other; only padding 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead
@@ -19,7 +21,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.blocks import BlockOutput, SparseBlock
+from models.blocks import BlockOutput, SparseBlock, plain
 from models.families.base import Parts, block_parts
 from models.head import Head
 from models.windows import WindowBias, WindowCut, WindowPlaces, Windows
@@ -138,6 +140,44 @@ class SwinBlock(SparseBlock):
         numbers = count * (9 * self.proj.out_features + self.hidden + 4 * self._merged())
         return numbers + (self.heads * self._pairs(tokens) if pairs else 0)
 
+    def write(self, graph: Any, x: str, where: tuple[Windows, ...]) -> str:
+        """Rows of all tokens of images -> rows behind the block, as operators of an ONNX `Graph` that is being written.
+
+        Args:
+            graph: of `quant.onnx_graph`.
+            x: name of the rows (B * T, D) that the block is fed.
+            where: what `WindowPlaces` says of one whole image.
+        """
+        windows, heads, inner = where[self.number], self.heads, plain(self.proj).in_features
+        if not isinstance(self.merge, nn.Identity):
+            x = self.merge.write(graph, x)
+        tokens, (count, area), width = len(windows.at), windows.rows.shape, inner // heads
+        y = graph.norm(x, self.norm1)
+        rows = windows.rows.flatten()
+        if windows.padding is not None:  # one more token, of zeros
+            ends = graph.constant([0, 0, 0, 0, 1, 0], np.int64)
+            y = graph.op("Pad", graph.reshape(y, -1, tokens, plain(self.qkv).in_features), ends)
+            rows = torch.where(windows.padding.flatten(), tokens, rows)
+        y = graph.gathered(y, rows, tokens + (windows.padding is not None), plain(self.qkv).in_features)
+        q, k, v = (
+            graph.reshape(part, -1, count, area, heads, width) for part in graph.parts(graph.linear(y, self.qkv), 3)
+        )
+        if self.logit_scale is not None:
+            q, k = graph.unit(q, width), graph.unit(k, width)
+        q = graph.quantized(q, self.tap_q, (0, 1, 3, 2, 4), 1.0 if self.logit_scale is not None else self.scale)
+        k, v = graph.quantized(k, self.tap_k, (0, 1, 3, 4, 2)), graph.quantized(v, self.tap_v, (0, 1, 3, 2, 4))
+        if self.logit_scale is not None:
+            q = graph.op("Mul", q, graph.constant(self.logit_scale.clamp(max=LARGEST_SCALE).exp()))
+            if windows.padding is not None:
+                k = graph.op("Mul", k, graph.constant(~windows.padding[:, None, None]))
+        scores = graph.op("Add", graph.op("MatMul", q, k), graph.constant(self.position.bias(windows)))
+        scores = graph.quantized(scores, self.tap_scores)
+        if windows.mask is not None:
+            scores = graph.op("Add", scores, graph.constant(windows.mask[:, None]))
+        probs = graph.quantized(graph.op("Softmax", scores, axis=-1), self.tap_probs)
+        out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 1, 3, 2, 4))
+        return graph.behind_attention(self, x, graph.gathered(out, windows.at, count * area, inner))
+
     def _merged(self) -> int:
         """Width of the tokens that are merged; 0 where none are."""
         return 0 if isinstance(self.merge, nn.Identity) else self.merge.reduction.in_features // 4
@@ -201,6 +241,15 @@ class _Merge(nn.Module):
         super().__init__()
         self.norm, self.reduction, self.side = merging.norm, merging.reduction, side
         self.in_front = type(merging) is swin_transformer.PatchMerging
+
+    def write(self, graph: Any, x: str) -> str:
+        """As `SwinBlock.write`."""
+        width = plain(self.reduction).in_features // 4
+        x = graph.reshape(x, -1, self.side, 2, self.side, 2, width)
+        x = graph.reshape(graph.op("Transpose", x, perm=(0, 1, 3, 4, 2, 5)), -1, 4 * width)
+        if self.in_front:
+            return graph.linear(graph.norm(x, self.norm), self.reduction)
+        return graph.norm(graph.linear(x, self.reduction), self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         squares = x.view(len(x), -1, self.side, 2, self.side, 2, x.shape[-1]).permute(0, 1, 2, 4, 5, 3, 6)
