@@ -44,7 +44,8 @@ def require_exportable(vit: SparseViT) -> None:
         if type(block) is not SparseBlock and not hasattr(block, "write"):
             refuse(f"a block of the kind {type(block).__name__}")
         require_mlp(block.mlp)
-        norms += [block.norm1, block.norm2, block.q_norm, block.k_norm, block.attn_norm, block.mlp.norm]
+        norms += [block.norm1, block.norm2, block.attn_norm, block.mlp.norm]
+        norms += [] if hasattr(block, "write") else [block.q_norm, block.k_norm]
         norms += [scale for scale in (block.ls1, block.ls2) if not isinstance(scale, LayerScale)]
     if head.attn_pool is not None:
         pool = head.attn_pool
