@@ -79,7 +79,7 @@ class Distiller:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
         vit, width = SparseViT(student.vit), student.vit.embed_dim
         tokens, learning = vit.grid.count + vit.prefix_tokens, any(p.requires_grad for p in vit.blocks.parameters())
-        saved = tokens * sum(9 * width + 2 * b.hidden + b.heads * tokens for b in vit.blocks) if learning else 0
+        saved = tokens * sum(9 * width + 2 * b.hidden + b.score_heads * tokens for b in vit.blocks) if learning else 0
         each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
         require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 

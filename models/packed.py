@@ -95,11 +95,12 @@ class PackedBlock(nn.Module):
     @staticmethod
     def fits(block: SparseBlock) -> bool:
         """Whether the block has nothing that is not written out here."""
+        if type(block) is not SparseBlock:
+            return False
         identities = (block.q_norm, block.k_norm, block.attn_norm, *block.taps())
         layers = (block.qkv, block.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
         return (
-            type(block) is SparseBlock
-            and all(type(module) is nn.Identity for module in identities)
+            all(type(module) is nn.Identity for module in identities)
             and block.gate is None
             and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
             and all(isinstance(scale, nn.Identity | LayerScale) for scale in (block.ls1, block.ls2))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models import SparseViT
 from models.blocks import SparseBlock
+from models.positions import Position
 from quant.config import stores_int4
 from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
@@ -31,6 +32,10 @@ def require_exportable(vit: SparseViT) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
     for block in vit.blocks:
+        if type(block) is not SparseBlock:
+            refuse(f"a {type(block).__name__}")
+        if type(block.position) is not Position:
+            refuse("an attention that is told where tokens are")
         if block.gate is not None:
             refuse("a gated attention")
         if type(block.mlp) is not Mlp:

@@ -53,7 +53,9 @@ def save_quantized(
     if model.architecture is None:
         raise UserError(f"--save: the architecture of {model.name} is not known, so it could not be made again")
     folder, config = require_own_folder(folder), fitting(SparseViT(model.vit), config)
-    state = {name: value.detach().cpu().contiguous() for name, value in quantized.state_dict().items()}
+    # Copies: blocks may share a table of positions, and files hold no shared tensors.
+    contiguous = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    state = {name: value.detach().to(**contiguous) for name, value in quantized.state_dict().items()}
     for name, layer in quantized_layers(quantized).items():
         if layer.weight_scale is not None:
             state[f"{name}.linear.weight"] = layer.integers().cpu()
@@ -177,7 +179,7 @@ def _digest(vit: SparseViT, images: SparseImages, model: LoadedModel, config: Qu
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().numpy())
     root = Path(__file__).parents[1]
-    for file in sorted((*root.glob("quant/*.py"), *root.glob("models/*.py"))):
+    for file in sorted((*root.glob("quant/*.py"), *root.glob("models/**/*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
