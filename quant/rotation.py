@@ -156,9 +156,9 @@ def _rotate_stream(vit: SparseViT, matrix: Tensor) -> None:
     classifiers = [layer for layer in classifiers if layer is not None]
     fc_norm = head.fc_norm if head.attn_pool is None and head.head_dist is None else nn.Identity()
     _fold_norm(vit.norm if isinstance(fc_norm, nn.Identity) else fc_norm, classifiers, matrix)
-    for block in _attentions(vit):
-        for layer, scale in ((block.proj, block.ls1), (block.mlp.fc2, block.ls2)):
-            gamma = getattr(scale, "gamma", None)
+    for block in vit.blocks:
+        for name, (_, scale) in block.writers.items():
+            layer, gamma = block.get_submodule(name), getattr(block.get_submodule(scale), "gamma", None)
             _write(layer, matrix if gamma is None else matrix * gamma.double())
     without_scales(vit)
     _write(vit.patch_proj, matrix)

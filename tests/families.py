@@ -46,7 +46,7 @@ def family_vit(name: str, **kwargs: object) -> nn.Module:
     vit, generator = timm.create_model(name, **arguments(name, **kwargs)), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in vit.parameters():
-            std = 0.15 if parameter.ndim > 1 else 0.3
+            std = {1: 0.3, 4: 0.05}.get(parameter.ndim, 0.15)
             parameter.copy_(torch.empty_like(parameter).normal_(0, std, generator=generator))
     return vit.eval()
 
@@ -57,10 +57,11 @@ def family_model(name: str, **kwargs: object) -> LoadedModel:
 
 
 def images_of(vit: SparseViT, count: int, kept: int | None = None) -> SparseImages:
-    """Noise, whole or with so many patches of each image, other ones of each."""
+    """Noise around colours of each image, whole or with so many patches of each, other ones of each."""
     generator = torch.Generator().manual_seed(1)
     grid = vit.grid
-    images = torch.randn(count, grid.channels, *grid.image_size, generator=generator)
+    colours = 2 * torch.randn(count, grid.channels, 1, 1, generator=generator)
+    images = colours + torch.randn(count, grid.channels, *grid.image_size, generator=generator)
     patches, positions = grid.patchify(images), grid.all_positions(count)
     if kept is not None:
         positions = torch.stack([torch.randperm(grid.count, generator=generator)[:kept] for _ in range(count)])

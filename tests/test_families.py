@@ -1,10 +1,12 @@
 """Every kind of architecture against timm's own forward: logits, gradients, kept patches, attention, products."""
 
 import copy
+import functools
 
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,13 +19,16 @@ from tests.conftest import run_script
 from tests.families import FAMILIES, LATE_NAMES, family_model, family_vit, fed_to_timm, images_of
 from utils.errors import UserError
 
+# A layer for the outputs of attention and MLP together, and no layer scale.
+JoinedOutput = functools.partial(ParallelScalingBlock, fuse_out_proj=True)
 LATE = not timm.is_model(LATE_NAMES[0])
 # What the named models do not show, of architectures that have parts of their own.
 OPTIONS = [
     ("cait_xxs24_224", {"global_pool": "avg"}),
     ("cait_xxs24_224", {"depth_token_only": 1, "qkv_bias": False}),
     ("vit_pwee_patch16_reg1_gap_256", {"qkv_bias": False, "global_pool": "token", "class_token": True}),
-    ("vit_pwee_patch16_reg1_gap_256", {"qk_norm": False, "init_values": None}),
+    ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock, "qk_norm": True}),
+    ("vit_tiny_patch16_224", {"block_fn": JoinedOutput}),
     ("vit_small_patch16_18x2_224", {"qk_norm": True, "scale_attn_norm": True, "global_pool": "avg"}),
 ]
 LATE_OPTIONS = [
