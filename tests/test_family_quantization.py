@@ -1,4 +1,4 @@
-"""Quantization of every kind of architecture: near full precision, rotated exactly, saved as it is; and its students."""
+"""Quantization of every kind of architecture: near full precision, rotated exactly, saved as it is; and students."""
 
 import copy
 import dataclasses
@@ -7,9 +7,11 @@ import functools
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 
 from models import SparseViT, load_model
-from models.registry import save_local_dir
+from models.registry import bare_model, save_local_dir
 from quant import QuantConfig, fitting, load_quantized, quantize, save_quantized
 from quant.calibration import calibrated
 from quant.insert import places, quantized_layers, quantizers
@@ -133,6 +135,8 @@ def test_reparameterized_weights_compute_the_same(name, options):
     ids=lambda config: config.observer,
 )
 def test_a_saved_model_is_the_same_to_the_byte(tmp_path, name, options, config):
+    if any(callable(value) for value in options.values()):
+        pytest.skip("no file can tell what kind of layer that is")
     model = family_model(name, **options)
     vit = SparseViT(model.vit)
     images = images_of(vit, 4)
@@ -159,15 +163,15 @@ def test_first_last_and_head_are_kept(name, options):
 @every
 def test_every_layer_that_reads_tokens_is_quantized(name, options):
     """By hooks: what a linear layer computes in a forward pass, where it is no part of what knows positions."""
-    vit = copy.deepcopy(vit_of(name, options))
-    images, seen = images_of(vit, 2), set()
-    for found, layer in vit.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(lambda _, inputs, __, found=found: seen.add(found))
-    logits(vit.plainly(), images)
-    seen = {found for found in seen if not {"position", "places"} & {*found.split(".")}}
+    vit, ran = copy.deepcopy(vit_of(name, options)).plainly(), set()
+    images = images_of(vit, 2)
     quantized = quantize(vit, images, QuantConfig(8, 8, "heads"))
-    assert {*quantized_layers(quantized)} == seen | {"patch_proj"}
+    for layer, module in vit.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, __, ___, layer=layer: ran.add(layer))
+    logits(vit, images)
+    read = {layer for layer in ran if not {"position", "places"} & {*layer.split(".")}}
+    assert {*quantized_layers(quantized)} == read | {"patch_proj"}
     taps = {found.rpartition(".")[2] for found in quantizers(quantized) if "tap_" in found}
     assert taps == {"tap_q", "tap_k", "tap_v", "tap_probs"}
 
@@ -245,16 +249,17 @@ def test_a_student_learns_what_timm_learns_in_its_place(tmp_path, name, options)
         train(reference, reference)
     learned, expected = student.state_dict(), reference.state_dict()
     for key, value in expected.items():
-        torch.testing.assert_close(
-            learned[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
-        if value.is_floating_point() and key in dict(reference.named_parameters()):
-            assert not torch.equal(learned[key], start[key]), key
+        assert torch.allclose(learned[key], value, rtol=1e-3, atol=1e-5), key
+    assert all(not torch.equal(learned[key], start[key]) for key, _ in reference.named_parameters())
     with torch.no_grad():
         wanted = sparse.forward_images(images)
         torch.testing.assert_close(student(images), wanted, rtol=1e-4, atol=1e-4)
-        if options:
+        if any(callable(value) for value in options.values()):  # which no file can tell
             return
         save_local_dir(dataclasses.replace(model, vit=student), tmp_path, "student")
-        again = load_model(f"local-dir:{tmp_path}")
-        torch.testing.assert_close(again.sparse().forward_images(images), wanted, rtol=1e-4, atol=1e-4)
+        again = bare_model(*model.architecture).eval()
+        again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        torch.testing.assert_close(again(images), wanted, rtol=1e-4, atol=1e-4)
+        if isinstance(again, VisionTransformer):
+            found = load_model(f"local-dir:{tmp_path}").sparse().forward_images(images)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -149,6 +149,11 @@ class ClassAttentionBlock(SparseBlock):
         """As `SparseBlock.saved`: tokens, their norm's input, and the scores of one; the rest is of one token."""
         return (tokens + 1) * (2 * self.proj.out_features + 2 * self.heads) + super().saved(1, False)
 
+    def _folds(self) -> bool:
+        """Not where the keys' bias learns, to which folding gives no gradient at all."""
+        bias = getattr(self.k, "bias", None)
+        return super()._folds() and (bias is None or not bias.requires_grad)
+
     def _joined(self, x: Tensor) -> Tensor:
         """Tokens with the class token in front."""
         return x if self.cls_token is None else torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
