@@ -29,11 +29,8 @@ def main(argv: list[str] | None = None) -> dict:
 def print_summary(report: dict, output: Path) -> None:
     """The final table."""
     student = report["student"]
-    tops = {
-        "teacher": report["teacher"]["top1"],
-        "student, best": student["best_top1"],
-        "student, last": student["top1"],
-    }
+    kept = "the last" if student["kept"] == "last" else f"of epoch {student['epoch']}, by agreement"
+    tops = {"teacher": report["teacher"]["top1"], f"student, {kept}": student["top1"]}
     images = f"{report['pool']['images']} {report['images']} images"
     print(f"\n{report['model']}, {images}, {report['finetune']} fine-tuning")
     print(table(["model", "top-1 %"], [[name, f"{top1:.2f}"] for name, top1 in tops.items()]))

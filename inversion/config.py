@@ -6,11 +6,11 @@ import math
 from argparse import BooleanOptionalAction
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from inversion.canvases import CANVASES
-from inversion.importance import IMPORTANCES
+from inversion.importance import IMPORTANCES, usual
 from inversion.inits import INITS
 from inversion.priors import PRIORS, Term, options, terms
 from inversion.projections import parse_projection
@@ -22,7 +22,7 @@ from utils.cli import Number, any_seed, check_numbers, natural, positive, rate, 
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from models import PatchGrid
+    from models import PatchGrid, SparseViT
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
 DEFAULT_VIEWS = ("roll", "flip")
@@ -63,7 +63,11 @@ class InversionConfig:
     options: Mapping[str, object] = field(default_factory=dict)
     """Settings of the priors besides weights; what is left out has its default."""
     strategy: str | None = setting(None, "what stops; default smi with --prune_it, else dense", choices=STRATEGIES)
-    importance: str = setting("cls", "what ranks the patches; cls: the class token's attention", choices=IMPORTANCES)
+    importance: str = setting(
+        "auto",
+        "what ranks the patches; auto: the attention of the class token (cls), of the pool, or of all tokens",
+        choices=("auto", *IMPORTANCES),
+    )
     prune_it: tuple[int, ...] = setting((-1,), "iterations at which patches stop; default -1: dense", **TIMES)
     prune_ratio: tuple[float, ...] = setting(
         (0.0,), "share of the remaining patches stopped at each of them, in [0, 1)", type=float, nargs="+", metavar="R"
@@ -116,7 +120,7 @@ class InversionConfig:
             raise UserError(f"--soft_label {self.soft_label} is not in [0, 1)")
         for text in self.projections:
             parse_projection(text)
-        _require(self.importance, IMPORTANCES, "--importance")
+        _require(self.importance, ("auto", *IMPORTANCES), "--importance")
         self._check_strategy()
         outside = [t for t in self.snapshots if not 0 <= t <= self.iterations]
         if outside:
@@ -209,6 +213,13 @@ class InversionConfig:
             raise
         except Exception as error:  # values of JSON can be of any type
             raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
+
+    def of(self, vit: SparseViT) -> InversionConfig:
+        """The configuration with what `auto` stands for in this model; `cls` where nothing is ranked."""
+        if self.importance != "auto":
+            return self
+        ranks = self.strategy != "dense" and not (self.strategy == "grow" and self.prune_it == (-1,))
+        return replace(self, importance=usual(vit) if ranks else "cls")
 
     def kept(self, grid: PatchGrid) -> int:
         """Patches of a finished image of that grid. Raises `UserError` where none is left."""

@@ -19,7 +19,7 @@ from inversion.canvas import PatchCanvas
 from inversion.canvases import CANVASES, Canvas
 from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import DEFAULT_VIEWS, InversionConfig
-from inversion.importance import IMPORTANCES, NEEDS_CLASS_TOKEN
+from inversion.importance import IMPORTANCES, require_ranking
 from inversion.inits import INITS
 from inversion.priors import Context, LossInputs
 from inversion.projections import Projection, parse_projection
@@ -106,7 +106,8 @@ class Inverter:
         earlier: Callable[[int], SparseImages | None] | None = None,
         eager: bool = False,
     ) -> None:
-        self.model, self.config, self.device, self.student = model, config, device, student
+        self.model, self.device, self.student = model, device, student
+        self.config = config = config.of(SparseViT(model.vit))
         self.dtype = getattr(torch, config.dtype)
         self.recorder = cuda_graphs(device) if device.type == "cuda" and not eager else None
         self._prepare(plain=eager or verdict(model, device, self.dtype, config.views) is False)
@@ -114,11 +115,8 @@ class Inverter:
         self.strategy = config.strategy_object()
         self.stages = self.strategy.stages(config.iterations, self.vit.grid)
         self.ranked = ranked(self.stages, self.vit.grid.count)
-        if self.ranked and config.importance in NEEDS_CLASS_TOKEN and not self.vit.has_class_token:
-            raise UserError(
-                f"{model.name} has no class token, so --importance {config.importance} cannot rank its patches; "
-                "give --importance all or gradient, or --strategy dense"
-            )
+        if self.ranked:
+            require_ranking(self.config.importance, self.vit, model.name)
         self.earlier = earlier if config.needs("earlier") else None
         black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
         self.limits = black.to(device), white.to(device)

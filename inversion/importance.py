@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from utils.errors import UserError
 from utils.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -47,13 +48,39 @@ def attention_of_all(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Te
     return vit.attention_weights(*_fed(vit, canvas), last_only=True)[0].mean(dim=1)[:, vit.head.prefix_tokens :]
 
 
+def attention_of_pool(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:
+    """What the latent token of the pool in front of the classifier gives each patch, mean over heads."""
+    return vit.pool_attention(*_fed(vit, canvas))
+
+
 IMPORTANCES: dict[str, Importance] = {
     "cls": class_attention,
     "rollout": attention_rollout,
     "gradient": gradient_size,
     "all": attention_of_all,
+    "pool": attention_of_pool,
 }
-NEEDS_CLASS_TOKEN = ("cls", "rollout")
+
+
+def usual(vit: SparseViT) -> str:
+    """What `auto` stands for: the attention of what the classifier reads, as far as there is one token of that kind."""
+    if vit.has_class_token:
+        return "cls"
+    return "pool" if hasattr(vit.head.attn_pool, "latent") else "all"
+
+
+def require_ranking(importance: str, vit: SparseViT, name: str) -> None:
+    """Raise `UserError` where a model, called `name`, has not the token whose attention would rank its patches."""
+    lacking = None
+    if importance in ("cls", "rollout") and not vit.has_class_token:
+        lacking = "no class token"
+    if importance == "pool" and not hasattr(vit.head.attn_pool, "latent"):
+        lacking = "no pool with a latent token"
+    if lacking:
+        raise UserError(
+            f"{name} has {lacking}, so --importance {importance} cannot rank its patches; "
+            f"give --importance {usual(vit)} or gradient, or --strategy dense"
+        )
 
 
 def _with_tokens_in_front(weights: Tensor, tokens: int) -> Tensor:

@@ -30,7 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from inversion.config import InversionConfig
 from inversion.engine import InvertedBatch, Snapshot
 from inversion.strategies import others as others_of
-from models import LoadedModel, SparseImages
+from models import LoadedModel, SparseImages, SparseViT
 from models.registry import short_name
 from utils.checkpoint import read_state, write_state
 from utils.errors import UserError
@@ -62,7 +62,7 @@ class ImagePool:
             self._open()
 
     def _describe(self, model: LoadedModel, config: InversionConfig) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, config.of(SparseViT(model.vit))
         self.grid = model.grid
         self.sound: set[int] = set()
         """Batches whose records were read."""
@@ -76,7 +76,7 @@ class ImagePool:
                 "std": list(model.preprocessing.std),
             },
             "grid": asdict(self.grid),
-            "inversion": config.settings(),
+            "inversion": self.config.settings(),
         }
 
     @classmethod

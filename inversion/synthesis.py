@@ -148,6 +148,11 @@ def synthesis_report(
     return _report(pool, count, Inverter(pool.model, pool.config, device, student, pool.before), log)
 
 
+def logged_seconds(pool: ImagePool, log: Path | None) -> float:
+    """What the batches of a pool took that `log` knows of. Raises `UserError` where it is damaged."""
+    return 0.0 if log is None else sum(entry["seconds"] for entry in _logged(log, pool).values())
+
+
 def _report(pool: ImagePool, count: int, inverter: Inverter, log: Path | None) -> SynthesisReport:
     config, batches = pool.config, range(math.ceil(count / pool.config.batch_size))
     logged = {} if log is None else _logged(log, pool)

@@ -1,7 +1,7 @@
 """Knowledge transfer: a student learns a teacher's task from images with kept positions.
 
 `load_student` makes a student, `distill` teaches it as a `DistillConfig` says, `save_student` keeps it in timm's
-format. `AUGMENTATIONS` are the changes of images that it can be fed.
+format. `AUGMENTATIONS` are the changes of images that it can be fed, `MATCHES` what of the teacher it imitates.
 """
 
 from utils.lazy import exports
@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = exports(
     {
         "kt.augment": ("AUGMENTATIONS", "augmented"),
         "kt.config": ("DistillConfig", "StudentConfig"),
-        "kt.distillation": ("Distilled", "Distiller", "distill", "distillation_loss"),
+        "kt.distillation": ("Distilled", "Distiller", "distill"),
+        "kt.match": ("MATCHES", "distillation_loss"),
         "kt.student": ("load_student", "save_student"),
     },
 )

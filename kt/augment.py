@@ -69,6 +69,32 @@ def noise(images: SparseImages, grid: PatchGrid, generator: Generator) -> Sparse
     return SparseImages(images.patches + deviation * pixels, images.positions, images.labels)
 
 
+def drop(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Leave out patches of each image drawn at random, as many of all: up to half of them."""
+    count = images.positions.shape[1]
+    fewer = count - int(torch.randint(0, count // 2 + 1, (), generator=generator))
+    chosen = torch.rand(len(images), count, generator=generator).argsort(dim=1)[:, :fewer]
+    rows = torch.arange(len(images))[:, None]
+    return SparseImages(images.patches[rows, chosen], images.positions[rows, chosen], images.labels)
+
+
+def collage(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Put patches of another image on the grid of half of the images: as many in all as each had.
+
+    The other's patches keep their places; where both images have one, the first image's stays.
+    """
+    count, other = images.positions.shape[1], torch.randperm(len(images), generator=generator)
+    both = torch.cat([images.positions, images.positions[other]], dim=1)
+    patches = torch.cat([images.patches, images.patches[other]], dim=1)
+    taken = (both[:, count:, None] == images.positions[:, None]).any(dim=2)
+    draw = torch.rand(both.shape, generator=generator)
+    draw[:, count:][taken] = 2.0  # never chosen: there are at least `count` others
+    mixed = draw.argsort(dim=1)[:, :count]
+    mixed = torch.where(torch.rand(len(images), 1, generator=generator) < 0.5, mixed, torch.arange(count))
+    rows = torch.arange(len(images))[:, None]
+    return SparseImages(patches[rows, mixed], both[rows, mixed], images.labels)
+
+
 AUGMENTATIONS: dict[str, Augmentation] = {
     "flip": flip,
     "shift": shift,
@@ -77,6 +103,8 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "contrast": contrast,
     "scatter": scatter,
     "noise": noise,
+    "drop": drop,
+    "collage": collage,
 }
 
 

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 
 from kt.augment import AUGMENTATIONS
-from utils.cli import any_seed, check_numbers, positive, rate, setting
+from kt.match import MATCHES, parse_match
+from utils.cli import any_seed, check_numbers, image_side, positive, rate, setting
 from utils.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
+KEPT = ("last", "agreement")
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """Which student, from which weights, and what of it learns. Raises `UserError` for what does not go together."""
 
-    name: str | None = setting(None, "architecture of the student; default the teacher's", "--student", metavar="NAME")
+    name: str | None = setting(
+        None, "the student, any classifier of timm's; default the teacher's architecture", "--student", metavar="NAME"
+    )
     path: str | None = setting(None, "its backbone weights, file or folder", "--student_path", metavar="PATH")
     init: str = setting("pretrained", "where its weights start", "--student_init", choices=("pretrained", "scratch"))
     finetune: str = setting("linear", "what learns: the new head, or everything", choices=("linear", "full"))
     key: str | None = setting(
         None, "which of several models in the file of --student_path", "--student_weights_key", metavar="KEY"
     )
+    img_size: int | None = setting(
+        None,
+        "side of its images in px, of a student fed whole images; default its own",
+        "--student_img_size",
+        type=image_side,
+        metavar="PX",
+    )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.init not in ("pretrained", "scratch") or self.finetune not in ("linear", "full"):
             raise UserError("a student is pretrained or scratch, and linear or full")
         if self.init == "scratch" and self.path is not None:
@@ -46,13 +59,35 @@ class DistillConfig:
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
     temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
     augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
-    fill: bool = setting(False, "feed whole images; stopped patches as pools show them, else their nearest")
+    fill: bool | None = setting(
+        None,
+        "feed whole images; stopped patches as pools show them, else their nearest; default where a student needs them",
+        action=BooleanOptionalAction,
+    )
+    join: bool = setting(False, "feed what the images of a pri trajectory are together, as whole images")
+    match: tuple[str, ...] = setting(
+        ("logits",),
+        f"what is imitated: {', '.join(MATCHES)}; with a weight relations:weight=0.5; default logits",
+        nargs="+",
+        metavar="M",
+    )
+    keep: str = setting(
+        "last",
+        "which student is kept: the last, or the nearest to the teacher on --held_back images",
+        "--keep_student",
+        choices=KEPT,
+    )
+    held_back: int = setting(32, "images that --keep_student agreement looks at and nobody learns from", type=positive)
     seed: int = 42
 
     def __post_init__(self) -> None:
         check_numbers(self)
         any_seed.check(self.seed, "--seed")
-        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
+        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT}
+        for way in self.match:
+            parse_match(way)
+        if len({way.partition(":")[0] for way in self.match}) < len(self.match):
+            raise UserError(f"--match {' '.join(self.match)} says one of them twice")
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]
         for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
             if value not in values:

@@ -10,31 +10,46 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kt.augment import augmented, drawn
 from kt.config import DistillConfig
-from models import LoadedModel, SparseImages, SparseViT
+from kt.match import Match, distillation_loss, made
+from kt.whole import WholeStudent
+from models import LoadedModel, SparseImages, SparseViT, ViTOutput
 from utils.checkpoint import Checkpoint
 from utils.device import pick_device, require_memory, within_memory
 from utils.errors import UserError
 from utils.ranks import rank, ranks, summed, wait_for_all
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of the distributions at temperature T (Hinton et al., 2015), mean over the batch.
+class Lesson(nn.Module):
+    """What a student says of a batch, held against what the teacher says of it: the loss, as one module.
 
-    Args:
-        student: logits (B, classes).
-        teacher: logits (B, classes), the target.
-        temperature: T; both logits are divided by it. T^2 keeps the gradient's size.
+    What learns in a way of matching learns with the student, also where several ranks average gradients.
     """
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+    def __init__(self, student: nn.Module, matches: list[tuple[float, Match]]) -> None:
+        super().__init__()
+        self.student, self.weights = student, [weight for weight, _ in matches]
+        self.matches = nn.ModuleList(match for _, match in matches)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether patch tokens are compared."""
+        return any(match.reads_tokens for match in self.matches)
+
+    def forward(self, patches: Tensor, positions: Tensor, taught: ViTOutput) -> Tensor:
+        """The loss () of a batch of which the teacher says `taught`."""
+        said = self.student(patches, positions, **tokens_if(self.reads_tokens))
+        return sum(w * match(said, taught) for w, match in zip(self.weights, self.matches, strict=True))
+
+
+def tokens_if(wanted: bool) -> dict[str, bool]:
+    """The argument that asks a model for its tokens."""
+    return {"return_tokens": True} if wanted else {}
 
 
 class Distiller:
@@ -65,21 +80,31 @@ class Distiller:
         self._require_memory(student)
         self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
         self.student = student.sparse(device)
+        whole = isinstance(student, WholeStudent)
+        self.fill = whole if config.fill is None else config.fill
+        if whole and not (self.fill or config.join):
+            raise UserError(f"--no-fill: {student.name} is fed whole images; leave it out, or give --join")
         if eager:
-            self.teacher.plainly(), self.student.plainly()
-        self.model = DistributedDataParallel(self.student) if ranks() > 1 else self.student
-        learning = [p for p in self.student.parameters() if p.requires_grad]
+            self.teacher.plainly()
+            if not whole:
+                self.student.plainly()
+        self.lesson = Lesson(self.student, made(config.match, self.student, self.teacher, config.temperature))
+        self.lesson.to(device)
+        self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
+        learning = [p for p in self.lesson.parameters() if p.requires_grad]
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(learning, lr=config.lr, momentum=0.9, weight_decay=1e-4)
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
 
-    def _require_memory(self, student: LoadedModel) -> None:
+    def _require_memory(self, student: LoadedModel | WholeStudent) -> None:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
-        vit, width = SparseViT(student.vit), student.vit.embed_dim
+        if isinstance(student, WholeStudent):  # which may be anything
+            return
+        vit = SparseViT(student.vit)
         tokens, learning = vit.grid.count + vit.prefix_tokens, any(p.requires_grad for p in vit.blocks.parameters())
-        saved = tokens * sum(9 * width + 2 * b.hidden + b.score_heads * tokens for b in vit.blocks) if learning else 0
+        saved = 2 * sum(block.saved(tokens, pairs=True) for block in vit.blocks) if learning else 0
         each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
         require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 
@@ -104,8 +129,8 @@ class Distiller:
     def _step(self, images: SparseImages) -> Tensor:
         # Every rank draws the whole batch, from the same random numbers, and takes its part.
         batch = drawn(images, self.config.batch_size, self.generator)
-        batch = batch.filled(self.teacher.grid) if self.config.fill else batch
-        batch = augmented(batch, self.student.grid, self.config.augment, self.generator)
+        batch = batch.filled(self.teacher.grid) if self.fill else batch
+        batch = augmented(batch, self.teacher.grid, self.config.augment, self.generator)
         batch = batch.at(slice(rank(), None, ranks()))
         if self.config.lr_schedule == "cosine":
             done = min(self.steps / (self.config.epochs * self.config.steps), 1)
@@ -114,7 +139,7 @@ class Distiller:
         self.optimizer.zero_grad()
         loss = within_memory(
             lambda: self._gradient(self.model, batch),
-            lambda images: self._gradient(self.student, batch.at(slice(images))),
+            lambda images: self._gradient(self.lesson, batch.at(slice(images))),
             len(batch),
             "--kr-batchsize",
             self.device,
@@ -125,12 +150,27 @@ class Distiller:
 
     def _gradient(self, model: nn.Module, batch: SparseImages) -> Tensor:
         """The loss, whose gradient is left for the optimizer."""
-        patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
-        with torch.no_grad():
-            target = self.teacher(patches, positions).logits
-        loss = distillation_loss(model(patches, positions).logits, target, self.config.temperature)
+        loss = model(*self._taught(batch))
         loss.backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def _taught(self, batch: SparseImages) -> tuple[Tensor, Tensor, ViTOutput]:
+        """Patches and positions of a batch on the device, and what the teacher says of them."""
+        patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
+        return patches, positions, self.teacher(patches, positions, **tokens_if(self.lesson.reads_tokens))
+
+    @torch.no_grad()
+    def agreement(self, images: SparseImages) -> tuple[float, float]:
+        """Per cent of images that student and teacher put in one class, and the negative mean divergence of the two."""
+        images = images.filled(self.teacher.grid) if self.fill else images
+        same, divergence = 0.0, 0.0
+        for batch in images.batches(self.config.batch_size):
+            patches, positions, taught = self._taught(batch)
+            said = self.student(patches, positions).logits
+            same += (said.argmax(dim=1) == taught.logits.argmax(dim=1)).sum().item()
+            divergence += len(batch) * distillation_loss(said, taught.logits, self.config.temperature).item()
+        return 100 * same / len(images), -divergence / len(images)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the student's weights, on the CPU."""
@@ -140,6 +180,7 @@ class Distiller:
         """All that the next step depends on."""
         return {
             "student": self.weights(),
+            "matches": {key: value.cpu().clone() for key, value in self.lesson.matches.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "random": self.generator.get_state(),
@@ -148,6 +189,7 @@ class Distiller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.student.load_state_dict(state["student"])
+        self.lesson.matches.load_state_dict(state["matches"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         self.generator.set_state(state["random"])
@@ -157,43 +199,53 @@ class Distiller:
 class Distilled:
     """What a student learnt, or where it stands.
 
-    `history`: for each epoch its mean `loss`, `images` it drew from and `top1` (None where there was no evaluation).
-    `best_weights`: those that `best_top1` was measured with. `seconds`: of the steps. `images`: of the last epoch.
+    `history`: for each epoch its mean `loss`, `images` it drew from, `top1` on test images and `agreement` with the
+    teacher on images held back (None where they were not looked at). `kept`: the number of the epoch, from 1, whose
+    student is kept, `kept_weights` if it is not the last, `nearest` how near the teacher it is. `seconds`: of the
+    steps. `images`: of the last epoch.
     """
 
     history: list[dict] = field(default_factory=list)
-    best_top1: float = -1.0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    kept: int = 0
+    kept_weights: dict[str, Tensor] = field(default_factory=dict)
+    nearest: tuple[float, float] = (-1.0, -math.inf)
     seconds: float = 0.0
     images: int = 0
 
-    def evaluated(self, distiller: Distiller, evaluate: Callable[[SparseViT], float]) -> None:
-        """Let the student's accuracy stand beside the last epoch, and keep the student if it is the best."""
-        top1 = evaluate(distiller.student)
-        self.history[-1]["top1"] = top1
-        if top1 > self.best_top1:
-            self.best_top1, self.best_weights = top1, distiller.weights()
+    def looked_at(self, distiller: Distiller, held_back: SparseImages | None) -> None:
+        """Keep the student of the last epoch, if nothing was held back or it is nearer the teacher than those before.
+
+        Test images have no say in it.
+        """
+        if held_back is not None:
+            found = distiller.agreement(held_back)
+            self.history[-1]["agreement"] = round(found[0], 3)
+            if found <= self.nearest:
+                return
+            self.nearest, self.kept_weights = found, distiller.weights()
+        self.kept = len(self.history)
 
     @property
-    def last_top1(self) -> float:
-        """Of the last evaluation."""
-        return next(entry["top1"] for entry in reversed(self.history) if entry["top1"] is not None)
+    def top1(self) -> float | None:
+        """On test images, of the student that is kept; None where it was not evaluated."""
+        return self.history[self.kept - 1]["top1"]
 
 
 def distill(
     teacher: LoadedModel,
-    student: LoadedModel,
+    student: LoadedModel | WholeStudent,
     images: SparseImages | Callable[[int], SparseImages],
     config: DistillConfig,
     device: torch.device | str | None = None,
-    evaluate: Callable[[SparseViT], float] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
     eager: bool = False,
 ) -> Distilled:
     """Let a student imitate a teacher on images that stand in for the data (Hinton et al., 2015).
 
-    The student is changed in place: it ends as it was at its best evaluation, or as the last step left it.
+    The student is changed in place: it ends as the last step left it or, of `config.keep` "agreement", as it was when
+    it was nearest to the teacher on images that were held back. What `evaluate` says is reported and decides nothing.
 
     Args:
         teacher: gives the targets; left alone.
@@ -218,36 +270,51 @@ def distill(
         with checkpoint.going_on():
             distiller.load_state_dict(state["distiller"])
             found = Distilled(**state["progress"])
-            found.history = [
-                {"loss": one["loss"], "top1": one["top1"], "images": one["images"]} for one in found.history
-            ]
+            keys = ("loss", "images", "top1", "agreement")
+            found.history, found.nearest = [{key: one[key] for key in keys} for one in found.history], (*found.nearest,)
     begun, hidden = len(found.history), not progress or rank() > 0
 
-    def finish(epoch: int) -> None:
-        """Evaluate where it is time; what was learnt is kept, whatever becomes of that."""
+    def finish(epoch: int, held_back: SparseImages | None) -> None:
+        """Look at the student where it is time; what was learnt is kept, whatever becomes of that."""
         try:
-            if evaluate is not None and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
-                found.evaluated(distiller, evaluate)
+            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+                if evaluate is not None:
+                    found.history[-1]["top1"] = evaluate(distiller.student)
+                found.looked_at(distiller, held_back)
         finally:
             if checkpoint is not None and rank() == 0:
                 checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
 
-    if begun and found.history[-1]["top1"] is None:
-        finish(begun - 1)
+    def fed(epoch: int) -> tuple[SparseImages, SparseImages | None]:
+        """The images of an epoch, and those that are held back of them."""
+        there = of_epoch(epoch)
+        there = there.put_together(teacher.grid) if config.join else there
+        if config.keep == "last":
+            return there, None
+        if len(there) <= config.held_back:
+            raise UserError(
+                f"--held_back {config.held_back}: the first epoch has {len(there)} images; give fewer, or raise "
+                "--images_per_epoch"
+            )
+        return there.at(slice(config.held_back, None)), there.at(slice(config.held_back))
+
+    due = begun % config.eval_every == 0 or begun == config.epochs
+    if begun and due and found.history[-1]["agreement" if evaluate is None else "top1"] is None:
+        finish(begun - 1, fed(begun - 1)[1])  # it was stopped while it looked
     with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):
-            fed = of_epoch(epoch)
+            there, held_back = fed(epoch)
             start = time.perf_counter()
-            loss = distiller.run(fed, config.steps)
+            loss = distiller.run(there, config.steps)
             found.seconds += time.perf_counter() - start
-            found.images = len(fed)
-            found.history.append({"loss": round(loss, 5), "top1": None, "images": len(fed)})
-            finish(epoch)
-            bar.set_postfix(loss=f"{loss:.4g}", best=f"{found.best_top1:.2f}", images=len(fed), refresh=False)
+            found.images = len(there)
+            found.history.append({"loss": round(loss, 5), "images": len(there), "top1": None, "agreement": None})
+            finish(epoch, held_back)
+            bar.set_postfix(loss=f"{loss:.4g}", images=len(there), refresh=False)
             bar.update()
-    if evaluate is not None:
-        if not found.best_weights:  # stopped before its first evaluation, and told to end there
-            found.evaluated(distiller, evaluate)
-        distiller.student.load_state_dict(found.best_weights)
+    if not found.kept or (config.keep == "last" and found.kept < len(found.history)):
+        finish(config.epochs - 1, fed(len(found.history) - 1)[1])  # stopped between two looks, and told to end there
+    if found.kept_weights:
+        distiller.student.load_state_dict(found.kept_weights)
     wait_for_all()
     return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import timm
+import torch
 
 from kt.config import StudentConfig
+from kt.whole import WholeStudent, classifier_parameters, load_whole
 from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
 from models.registry import save_local_dir
+from models.sparse_vit import grid_of, require_supported
 from utils.errors import UserError
 from utils.files import atomic_files, user_path
 
@@ -17,54 +20,71 @@ BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
 """Trained on rendered letters; the student of the bundled teacher starts from it."""
 
 
-def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
+def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel | WholeStudent:
     """A student with a new head for the teacher's classes.
+
+    It is fed the teacher's patches where it is a Vision Transformer of the same images and patches, whole images
+    otherwise.
 
     Args:
         teacher: whose task it will learn.
         config: what it is.
 
     Raises:
-        UserError: no pretrained backbone to start from, or a student that cannot see the teacher's patches.
+        UserError: no pretrained backbone to start from, or weights that do not fit.
     """
     scratch, path = config.init == "scratch", config.path
     if not scratch and path is None:
         path = _backbone(teacher, config.name)
-    sides = teacher.grid.image_size
-    size = sides[0] if config.name is None and sides[0] == sides[1] else None
-    student = load_model(
-        ModelConfig(config.name or teacher.name, path, config.key, size),
-        random_weights=scratch,
-        classes=teacher.classes,
-        path_flag="--student_path",
-    )
-    ours, theirs = (model.vit.patch_embed for model in (student, teacher))
-    if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
-        raise UserError(
-            f"the student {student.name} has {ours.img_size[0]} px images in patches of {ours.patch_size[0]}, the "
-            f"teacher {teacher.name} has {theirs.img_size[0]} in patches of {theirs.patch_size[0]}; "
-            "both are fed the same patches"
+    name, sides = config.name or teacher.name, teacher.grid.image_size
+    if config.name is not None and not _same_patches(teacher, config):
+        student = load_whole(teacher, name, path, config.key, scratch, config.img_size)
+    else:
+        size = sides[0] if config.name is None and sides[0] == sides[1] else config.img_size
+        student = load_model(
+            ModelConfig(name, path, config.key, size),
+            random_weights=scratch,
+            classes=teacher.classes,
+            path_flag="--student_path",
         )
-    student.vit.reset_classifier(teacher.classes)
-    heads = {id(p) for name in ("head", "head_dist") for p in getattr(student.vit, name, nn.Identity()).parameters()}
+        student.vit.reset_classifier(teacher.classes)
+    heads = {id(parameter) for parameter in classifier_parameters(student.vit)}
     for parameter in student.vit.parameters():
         parameter.requires_grad_(config.finetune == "full" or id(parameter) in heads)
     return student
 
 
-def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path, **facts: object) -> None:
+def _same_patches(teacher: LoadedModel, config: StudentConfig) -> bool:
+    """Whether a student of that name is a Vision Transformer of the teacher's images and patches."""
+    named = NAMED_MODELS.get(config.name)
+    name, args = (config.name, {}) if named is None else (named.timm_name, named.model_args or {})
+    if config.img_size is not None:
+        args = {**args, "img_size": config.img_size}
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(name, pretrained=False, **{**args, "num_classes": teacher.classes})
+        require_supported(vit)
+    except Exception:  # whatever it is instead is told where it is loaded
+        return False
+    return grid_of(vit) == teacher.grid
+
+
+def save_student(
+    student: LoadedModel | WholeStudent, teacher: LoadedModel, folder: str | Path, **facts: object
+) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
 
-    The student reads images normalized as the teacher's are. The classes are called `label_names` if they are given,
-    else as the teacher's configuration calls them.
+    A student of the teacher's patches reads images normalized as the teacher's are. The classes are called
+    `label_names` if they are given, else as the teacher's configuration calls them.
     """
-    folder, ways = user_path(folder, "the student's folder"), teacher.preprocessing
+    folder, whole = user_path(folder, "the student's folder"), isinstance(student, WholeStudent)
+    ways = student.preprocessing if whole else teacher.preprocessing
     config = {key: getattr(ways, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     known = getattr(teacher.vit, "pretrained_cfg", None) or {}
     config |= {key: known.get(key) for key in ("label_names", "label_descriptions")}
     student.vit.pretrained_cfg = {**student.vit.pretrained_cfg, **config}
     with atomic_files(folder) as partial:
-        save_local_dir(student, partial, "student", **facts)
+        student.save(partial, **facts) if whole else save_local_dir(student, partial, "student", **facts)
 
 
 def _backbone(teacher: LoadedModel, name: str | None) -> Path | None:

@@ -20,10 +20,15 @@ MLP_INPUTS = ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
 
 
 class BlockOutput(NamedTuple):
-    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection."""
+    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection.
+
+    Of attention in windows `attended` is (windows, places, D), and `present` (windows, places) says which of the places
+    have a token of the image; None: all of them.
+    """
 
     tokens: Tensor
     attended: Tensor | None = None
+    present: Tensor | None = None
 
 
 class SparseBlock(nn.Module):
@@ -167,7 +172,8 @@ class SparseBlock(nn.Module):
 
     def saved(self, tokens: int, pairs: bool) -> int:
         """About how many numbers are kept for the gradient to the tokens of one image; `pairs`: scores among them."""
-        return tokens * (5 * self.proj.out_features + self.hidden + (self.score_heads * tokens if pairs else 0))
+        of_pairs = self.score_heads * tokens * (pairs + self.position.biases)
+        return tokens * (5 * self.proj.out_features + self.hidden + of_pairs)
 
     def _attended(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and the same without the gate."""
@@ -237,6 +243,17 @@ def named_layers(block: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """Those of the names that are linear layers of the block."""
     modules = dict(block.named_modules())
     return tuple(name for name in names if isinstance(modules.get(name), nn.Linear))
+
+
+def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer, of weights of its own, that gives what several of the same input give, side by side."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    made = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if biases:
+        made.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return made
 
 
 def joined_linear(layers: Sequence[nn.Linear], biases: Sequence[Tensor | None] | None = None) -> nn.Linear:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import platform
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
-from models.blocks import BlockOutput, SparseBlock
-from models.positions import Turned
+from models.blocks import BlockOutput, SparseBlock, joined
 from models.sparse_vit import SparseViT
 
 aten = torch.ops.aten
@@ -74,40 +73,115 @@ class PackedNorm:
         return aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, self.weight, self.bias, wanted)[0]
 
 
+class PackedMlp:
+    """A frozen MLP with one hidden layer and GELU."""
+
+    def __init__(self, mlp: nn.Module, dtype: torch.dtype, factor: Tensor | None) -> None:
+        self.gelu = mlp.act.approximate
+        self.fc1, self.fc2 = PackedLinear(mlp.fc1, dtype), PackedLinear(mlp.fc2, dtype, factor)
+
+    @staticmethod
+    def fits(mlp: nn.Module) -> bool:
+        """Whether the MLP has nothing that is not written out here."""
+        layers = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
+        plain = type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity
+        return plain and all(type(layer) is nn.Linear for layer in layers)
+
+    def __call__(self, y: Tensor, residual: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalized tokens and the stream -> the stream behind the MLP, and what `backward` needs."""
+        hidden = self.fc1(y)
+        return self.fc2.plus(aten.gelu(hidden, approximate=self.gelu), residual), (hidden,)
+
+    def backward(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient to the stream behind -> gradient to the normalized tokens."""
+        to_hidden = self.fc2.backward(grad)
+        aten.gelu_backward.grad_input(to_hidden, hidden, approximate=self.gelu, grad_input=to_hidden)
+        return self.fc1.backward(to_hidden)
+
+
+class PackedGatedMlp:
+    """A frozen SwiGLU, silu(gate) * value; gate and value are of one layer or of two, behind them may be a norm."""
+
+    def __init__(self, mlp: nn.Module, dtype: torch.dtype, factor: Tensor | None) -> None:
+        layers = [mlp.fc1] if type(mlp) is GluMlp else [mlp.fc1_g, mlp.fc1_x]
+        self.gate_last = type(mlp) is GluMlp and mlp.gate_last
+        self.fc1 = PackedLinear(joined(layers), dtype)
+        self.fc2 = PackedLinear(mlp.fc2, dtype, factor)
+        self.norm = None if type(mlp.norm) is nn.Identity else PackedNorm(mlp.norm, dtype)
+
+    @staticmethod
+    def fits(mlp: nn.Module) -> bool:
+        """Whether the MLP has nothing that is not written out here."""
+        layers = {GluMlp: ("fc1", "fc2"), SwiGLU: ("fc1_g", "fc1_x", "fc2")}.get(type(mlp), ())
+        return (
+            bool(layers)
+            and type(mlp.act) is nn.SiLU
+            and isinstance(mlp.norm, nn.Identity | nn.LayerNorm)
+            and all(type(getattr(mlp, name)) is nn.Linear for name in layers)
+        )
+
+    def __call__(self, y: Tensor, residual: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `PackedMlp`."""
+        hidden = self.fc1(y)
+        gate, value = self._halves(hidden)
+        product, moments = aten.silu(gate).mul_(value), ()
+        if self.norm is None:
+            return self.fc2.plus(product, residual), (hidden,)
+        normalized, *moments = self.norm(product)
+        return self.fc2.plus(normalized, residual), (hidden, product, *moments)
+
+    def backward(self, grad: Tensor, hidden: Tensor, *normalized: Tensor) -> Tensor:
+        """As `PackedMlp.backward`."""
+        to_product = self.fc2.backward(grad)
+        if self.norm is not None:
+            to_product = self.norm.backward(to_product, *normalized)
+        gate, value = self._halves(hidden)
+        to_hidden = torch.empty_like(hidden)
+        to_gate, to_value = self._halves(to_hidden)
+        torch.mul(to_product, aten.silu(gate), out=to_value)
+        to_gate.copy_(aten.silu_backward(to_product.mul_(value), gate))
+        return self.fc1.backward(to_hidden)
+
+    def _halves(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and value."""
+        first, second = hidden.chunk(2, dim=-1)
+        return (second, first) if self.gate_last else (first, second)
+
+
+PACKED_MLPS = (PackedMlp, PackedGatedMlp)
+
+
 class PackedBlock(nn.Module):
     """A plain pre-norm block: tokens (B, T, D) -> tokens (B, T, D). LayerScale and the attention's scale are folded."""
 
     def __init__(self, block: SparseBlock, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.position = block.heads, block.position.fixed(dtype)
-        layers = (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-        self.inner, self.products = block.proj.in_features, sum(layer.weight.numel() for layer in layers)
-        self.turns = isinstance(block.position, Turned)
-        self.gelu = block.mlp.act.approximate
+        self.turns = block.position.turns
+        mlp = sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear))
+        self.inner, self.products = block.proj.in_features, mlp
+        self.products += block.qkv.weight.numel() + block.proj.weight.numel()
         self.norm1, self.norm2 = PackedNorm(block.norm1, dtype), PackedNorm(block.norm2, dtype)
+        self.attn_norm = None if type(block.attn_norm) is nn.Identity else PackedNorm(block.attn_norm, dtype)
         scale = torch.ones(block.qkv.out_features, device=block.qkv.weight.device)
         scale[: block.qkv.out_features // 3] = block.scale
         self.qkv = PackedLinear(block.qkv, dtype, scale)
         self.proj = PackedLinear(block.proj, dtype, _gamma(block.ls1))
-        self.fc1 = PackedLinear(block.mlp.fc1, dtype)
-        self.fc2 = PackedLinear(block.mlp.fc2, dtype, _gamma(block.ls2))
+        kind = next(kind for kind in PACKED_MLPS if kind.fits(block.mlp))
+        self.mlp = kind(block.mlp, dtype, _gamma(block.ls2))
 
     @staticmethod
     def fits(block: SparseBlock) -> bool:
         """Whether the block has nothing that is not written out here."""
-        if type(block) is not SparseBlock:
-            return False
-        identities = (block.q_norm, block.k_norm, block.attn_norm, *block.taps())
-        layers = (block.qkv, block.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
         return (
-            all(type(module) is nn.Identity for module in identities)
+            type(block) is SparseBlock
+            and all(type(module) is nn.Identity for module in (block.q_norm, block.k_norm, *block.taps()))
             and block.gate is None
             and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
+            and isinstance(block.attn_norm, nn.Identity | nn.LayerNorm)
             and all(isinstance(scale, nn.Identity | LayerScale) for scale in (block.ls1, block.ls2))
-            and type(block.mlp) is Mlp
-            and type(block.mlp.act) is nn.GELU
-            and type(block.mlp.norm) is nn.Identity
-            and all(type(layer) is nn.Linear for layer in layers)
+            and all(type(layer) is nn.Linear for layer in (block.qkv, block.proj))
+            and any(kind.fits(block.mlp) for kind in PACKED_MLPS)
         )
 
     def __deepcopy__(self, memo: dict) -> PackedBlock:
@@ -149,25 +223,29 @@ class _PackedBlock(torch.autograd.Function):
             q, k, v = pad_tokens(qkv.permute(2, 0, 3, 1, 4)).flatten(1, 2).unbind(0)
         weights, out = attend(q, k, v, tokens, block.position.bias(where))
         out = out.view(batch, block.heads, -1, q.shape[-1])[:, :, :tokens].transpose(1, 2).flatten(2)
+        summed, moments = out, ()
+        if block.attn_norm is not None:
+            out, *moments = block.attn_norm(summed)
+            moments = (summed, *moments)
         middle = block.proj.plus(out, x)
         y, *moments2 = block.norm2(middle)
-        hidden = block.fc1(y)
-        ctx.block, ctx.where = block, where
-        ctx.save_for_backward(x, *moments1, weights, q, k, v, middle, *moments2, hidden)
-        tokens = block.fc2.plus(aten.gelu(hidden, approximate=block.gelu), middle)
-        return tokens, out if return_attended else None
+        after, hidden = block.mlp(y, middle)
+        ctx.block, ctx.where, ctx.counts = block, where, (len(moments), len(hidden))
+        ctx.save_for_backward(x, *moments1, weights, q, k, v, middle, *moments2, *moments, *hidden)
+        return after, out if return_attended else None
 
     @staticmethod
     def backward(ctx, grad: Tensor, to_attended: Tensor | None) -> tuple[Tensor, None, None, None]:
         block, grad = ctx.block, grad.contiguous()
-        x, mean1, rstd1, weights, q, k, v, middle, mean2, rstd2, hidden = ctx.saved_tensors
+        x, mean1, rstd1, weights, q, k, v, middle, mean2, rstd2, *rest = ctx.saved_tensors
+        moments, hidden = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
         batch, tokens, _ = x.shape
-        to_hidden = block.fc2.backward(grad)
-        aten.gelu_backward.grad_input(to_hidden, hidden, approximate=block.gelu, grad_input=to_hidden)
-        to_middle = block.norm2.backward(block.fc1.backward(to_hidden), middle, mean2, rstd2).add_(grad)
+        to_middle = block.norm2.backward(block.mlp.backward(grad, *hidden), middle, mean2, rstd2).add_(grad)
         to_out = block.proj.backward(to_middle)
         if to_attended is not None:
             to_out = to_out.add_(to_attended)
+        if block.attn_norm is not None:
+            to_out = block.attn_norm.backward(to_out, *moments)
         to_out = to_out.view(batch, tokens, block.heads, -1)
         to_out = pad_tokens(to_out.transpose(1, 2)).flatten(0, 1)
         to_qkv = x.new_empty(batch, tokens, 3, block.heads, q.shape[-1])

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 
 class Position(nn.Module):
-    """Nothing: positions are in the tokens alone. Its layers, in subclasses, read no tokens and are not quantized."""
+    """Nothing: positions are in the tokens alone. Its layers, in subclasses, read no tokens and are not quantized.
+
+    `turns`: whether queries and keys are turned. `biases`: whether something is added to the scores.
+    """
+
+    turns = biases = False
 
     def turned(self, x: Tensor, where: Tensor | None, back: bool = False) -> Tensor:
         """Queries or keys (B, heads, T, head_dim) as they are compared; `back`: the gradient of that."""
@@ -37,6 +42,8 @@ class Turned(Position):
         block: which of the rotations in `where` is its own, if each block has one.
     """
 
+    turns = True
+
     def __init__(self, prefix: int, half: bool, block: int | None = None) -> None:
         super().__init__()
         self.prefix, self.half, self.block = prefix, half, block
@@ -53,6 +60,19 @@ class Turned(Position):
         patches = apply_rot_embed_cat(x[:, :, self.prefix :], rows, half=self.half).to(x.dtype)
         return torch.cat([x[:, :, : self.prefix], patches], dim=2) if self.prefix else patches
 
+    def as_products(self, where: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines, sines (tokens, heads or 1, head_dim), matrix (head_dim, head_dim): x cos + (x matrix) sin is turned.
+
+        For all patches in their order, behind the prefix tokens.
+        """
+        rows = (where if self.block is None else where[self.block])[0].float()
+        sines, cosines = rows.transpose(0, 1).chunk(2, dim=-1)
+        sines = torch.cat([torch.zeros_like(sines[:1]).expand(tokens - len(sines), -1, -1), sines])
+        cosines = torch.cat([torch.ones_like(cosines[:1]).expand(tokens - len(cosines), -1, -1), cosines])
+        size = sines.shape[-1]
+        quarter = torch.cat([torch.ones(size), torch.zeros(size)])  # sines of ones, cosines of zeros
+        return cosines, sines, apply_rot_embed_cat(torch.eye(size), quarter, half=self.half)
+
 
 class RelativeBias(Position):
     """A bias for every pair of tokens of the full grid, of which those of the kept tokens are taken.
@@ -61,6 +81,8 @@ class RelativeBias(Position):
         module: timm's, which holds the table.
         whole: `module` -> the bias of all pairs (heads, T, T), prefix tokens first.
     """
+
+    biases = True
 
     def __init__(self, module: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
         super().__init__()
@@ -79,8 +101,8 @@ class RelativeBias(Position):
 class Places(nn.Module):
     """Positions (B, n) -> what the blocks read of them. This one: nothing."""
 
-    def forward(self, positions: Tensor) -> Tensor | None:
-        """Positions (B, n) -> a tensor, or None."""
+    def forward(self, positions: Tensor) -> Tensor | tuple | None:
+        """Positions (B, n) -> a tensor, a tuple of what a block finds its own in, or None."""
         return None
 
 
@@ -110,15 +132,27 @@ class RotaryPlaces(Places):
     def __init__(self, rope: nn.Module, grid: tuple[int, int], mixed: bool) -> None:
         super().__init__()
         self.rope, self.grid, self.mixed = rope, tuple(grid), mixed
+        self.stored = getattr(rope, "feat_shape", None) is not None
+        # Made once, where nothing learns: timm makes some of them on the host, which a device would wait for.
+        self.computed = None if self.stored or mixed else rope.get_embed(shape=list(grid))
 
     def forward(self, positions: Tensor) -> Tensor:
-        # As timm asks for it: what is stored where there is such a thing.
-        stored = getattr(self.rope, "feat_shape", None) is not None
-        whole = self.rope.get_embed() if stored else self.rope.get_embed(shape=list(self.grid))
-        positions = _once(positions)
+        whole, positions = self._whole(), _once(positions)
         if self.mixed:
             return whole[:, :, positions].transpose(1, 2)
         return whole[positions][:, None]
+
+    def _whole(self) -> Tensor:
+        """Those of the full grid, as timm asks for them: what is stored where there is such a thing."""
+        if self.computed is not None:
+            return self.computed
+        return self.rope.get_embed() if self.stored else self.rope.get_embed(shape=list(self.grid))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPlaces:
+        super()._apply(fn, recurse)
+        if self.computed is not None:  # moves along, in its own number format, as timm's do
+            self.computed = self.computed.to(fn(self.computed).device)
+        return self
 
 
 def _once(positions: Tensor) -> Tensor:

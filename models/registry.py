@@ -256,7 +256,7 @@ def _fetch(vit: VisionTransformer, name: str, to_train: bool, path_flag: str) ->
 
     hook = vit.register_load_state_dict_post_hook(note)
     filter_fn = partial(checkpoint_filter_fn, adapt_layer_scale=True)
-    with _explained(name, path_flag), _tensors_only(), hook:
+    with explained(name, path_flag), tensors_only(), hook:
         load_pretrained(vit, num_classes=vit.num_classes, filter_fn=filter_fn, strict=False)
     require_complete(name, [key for key in missing if not (to_train and key.startswith("head"))], extra)
 
@@ -332,7 +332,7 @@ def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag
     """The model with random weights; `args` win over what its name says."""
     if name.startswith("local-dir:"):
         _local_config(name)
-    with _explained(name, path_flag):
+    with explained(name, path_flag):
         args = {**(named.model_args or {}), **args} if named else args
         return timm.create_model(named.timm_name if named else name, pretrained=False, **args)
 
@@ -350,7 +350,7 @@ def _local_config(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _tensors_only() -> Iterator[None]:
+def tensors_only() -> Iterator[None]:
     """`torch.load` takes no Python objects that could run code, even where timm (up to 1.0.25) asks it to."""
     force = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(force, "0")
@@ -362,7 +362,7 @@ def _tensors_only() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str, path_flag: str) -> Iterator[None]:
+def explained(name: str, path_flag: str) -> Iterator[None]:
     """Errors of timm, the hub's client and safetensors, each of their own kinds, as one line."""
     try:
         yield

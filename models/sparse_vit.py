@@ -48,12 +48,16 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
 class ViTOutput(NamedTuple):
     """What `SparseViT` gives: logits (B, classes), what the classifier read (B, D), and what was asked for besides.
 
-    `attended`: for each block the attention's output of every patch (B, n, D), heads side by side, not projected yet.
+    `attended`: for each block the attention's output of every patch (B, n, D), heads side by side, not projected yet;
+    of attention in windows (windows, places, D). `present`: for each block which places have a token (windows, places);
+    None where all of them have. `tokens` (B, n, D): of the patches, as the pooling reads them.
     """
 
     logits: Tensor
     features: Tensor
     attended: tuple[Tensor, ...] = ()
+    present: tuple[Tensor | None, ...] = ()
+    tokens: Tensor | None = None
 
 
 class SparseViT(nn.Module):
@@ -110,12 +114,17 @@ class SparseViT(nn.Module):
         """Numbers in the largest tensor of a forward pass of one image, of so many tokens."""
         return max(block.largest(tokens) for block in self.blocks)
 
-    def where(self, positions: Tensor) -> Tensor | None:
+    def where(self, positions: Tensor) -> Tensor | tuple | None:
         """What the blocks read of positions (B, n), computed once for all of them."""
         return self.places(positions)
 
     def forward(
-        self, patches: Tensor, positions: Tensor, mirrored: bool | Tensor = False, return_attended: bool = False
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        mirrored: bool | Tensor = False,
+        return_attended: bool = False,
+        return_tokens: bool = False,
     ) -> ViTOutput:
         """Run the model on kept patches.
 
@@ -125,18 +134,24 @@ class SparseViT(nn.Module):
             mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead);
                 a bool, or an int64 tensor () that is 0 or 1.
             return_attended: also return what the attention of every block puts out.
+            return_tokens: also return the patches' tokens.
         """
-        x, attended, where = self.embed(patches, positions, mirrored), [], self.where(positions)
-        few = None if return_attended else self.last_queries
+        x, attended, present, where = self.embed(patches, positions, mirrored), [], [], self.where(positions)
+        few = None if return_attended or return_tokens else self.last_queries
         for block in self.blocks:
-            x, out = block(x, few if block is self.blocks[-1] else None, return_attended, where)
+            x, out, there = block(x, few if block is self.blocks[-1] else None, return_attended, where)
             if out is not None:
                 attended.append(out[:, self.prefix_tokens :])
-        features = self.head.features(self.norm(x))
-        return ViTOutput(self.head.classify(features), features, tuple(attended))
+                present.append(there)
+        x = self.norm(x)
+        features = self.head.features(x)
+        tokens = x[:, self.head.prefix_tokens :] if return_tokens else None
+        return ViTOutput(self.head.classify(features), features, tuple(attended), tuple(present), tokens)
 
     def attention_weights(self, patches: Tensor, positions: Tensor, last_only: bool = False) -> list[Tensor]:
         """What every token gives every token in each block, mean over heads: (B, T, T), prefix tokens first.
+
+        Where a patch is several tokens it is (B, n, n): the mean over those of one patch of what they give another.
 
         Args:
             patches: as for `forward`.

@@ -135,10 +135,13 @@ class Weights:
         return found
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The one state_dict in a file, whatever model it is of. Raises `UserError` where it is not one."""
+def read_weights(path: Path, key: str | None = None, flag: str | None = None) -> dict[str, Tensor]:
+    """The one state_dict in a file, whatever model it is of, or the one that `key`, given by `flag`, is a part of.
+
+    Raises `UserError` where it is not one.
+    """
     found = dict(_state_dicts(read_tree(path)))
-    return clean_state_dict(found[_chosen(found, path)])
+    return clean_state_dict(found[_chosen(found, path, key, flag)])
 
 
 def read_vit(path: Path, key: str | None = None, flags: str = "--", to_train: bool = False) -> Weights:

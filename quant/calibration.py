@@ -97,7 +97,7 @@ def require_memory_for(vit: SparseViT, config: QuantConfig, count: int, patches:
     walks = config.reconstruct or config.bias_correction or config.compensate
     if walks:  # what both models feed a stage is held, and learned from joined
         forms = 8 if config.reconstruct else 5
-        held = forms * 4 * tokens * vit.patch_proj.out_features
+        held = forms * 4 * tokens * vit.tokens_per_side**2 * vit.patch_proj.out_features
         require_memory(count, held, device, "the calibration", "--num_images")
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from timm.layers import LayerScale, Mlp
+from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, Mlp, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from models import SparseViT
 from models.blocks import SparseBlock
-from models.positions import Position
+from models.positions import Position, Turned
 from quant.config import stores_int4
 from quant.insert import QuantizedLinear
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
@@ -25,36 +25,45 @@ from utils.errors import UserError
 INPUT, OUTPUT = "images", "logits"
 
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)
+
+
 def require_exportable(vit: SparseViT) -> None:
     """Raise `UserError` for a model with a part that is not written out here."""
 
     def refuse(what: str) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
+    def require_mlp(mlp: nn.Module) -> None:
+        if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+            refuse(f"an MLP of the kind {type(mlp).__name__}")
+        if not isinstance(mlp.act, nn.GELU | nn.SiLU):
+            refuse(f"the activation {type(mlp.act).__name__}")
+
+    head, norms = vit.head, [vit.patch_norm, vit.norm_pre, vit.norm, vit.head.fc_norm]
     for block in vit.blocks:
         if type(block) is not SparseBlock:
-            refuse(f"a {type(block).__name__}")
-        if type(block.position) is not Position:
-            refuse("an attention that is told where tokens are")
-        if block.gate is not None:
-            refuse("a gated attention")
-        if type(block.mlp) is not Mlp:
-            refuse(f"an MLP of the kind {type(block.mlp).__name__}")
-        if not isinstance(block.mlp.act, nn.GELU):
-            refuse(f"the activation {type(block.mlp.act).__name__}")
-        norms = (block.norm1, block.norm2, block.q_norm, block.k_norm, block.attn_norm, block.mlp.norm)
-        for norm in (*norms, vit.patch_norm, vit.norm_pre, vit.norm, vit.head.fc_norm):
-            if not isinstance(norm, nn.LayerNorm | nn.Identity):
-                refuse(f"the norm {type(norm).__name__}")
-        for scale in (block.ls1, block.ls2):
-            if not isinstance(scale, LayerScale | nn.Identity):
-                refuse(f"the scale {type(scale).__name__}")
+            refuse(f"a block of the kind {type(block).__name__}")
+        require_mlp(block.mlp)
+        norms += [block.norm1, block.norm2, block.q_norm, block.k_norm, block.attn_norm, block.mlp.norm]
+        norms += [scale for scale in (block.ls1, block.ls2) if not isinstance(scale, LayerScale)]
+    if head.attn_pool is not None:
+        pool = head.attn_pool
+        if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg") or pool.pos_embed is not None:
+            refuse(f"a pooling of the kind {type(pool).__name__}")
+        if pool.mlp is not None:
+            require_mlp(pool.mlp)
+        norms += [pool.norm, pool.q_norm, pool.k_norm]
+    elif head.pool_type not in ("token", "avg"):
+        refuse("a pooling other than the class token's, the mean and a latent token's")
+    for norm in norms:
+        if not isinstance(norm, (*NORMS, nn.Identity)):
+            refuse(f"the norm {type(norm).__name__}")
     if 4 * sum(parameter.numel() for parameter in vit.parameters()) >= 2**31:
         refuse("a model of 2 GB or more")
-    if vit.head.attn_pool is not None or vit.head.pool_type not in ("token", "avg"):
-        refuse("a pooling other than the class token's and the mean")
 
 
+@torch.no_grad()
 def onnx_model(vit: SparseViT, metadata: dict[str, str], opset: int) -> onnx.ModelProto:
     """`images` (batch, C, H, W), normalized -> `logits` (batch, classes), the batch of any size.
 
@@ -111,17 +120,51 @@ class Graph:
         return self.op("Reshape", x, self.constant(list(shape), np.int64))
 
     def norm(self, x: str, norm: nn.Module) -> str:
-        """A layer norm over the last axis, or nothing."""
+        """A layer norm or an RMS norm over the last axis, or nothing."""
         if isinstance(norm, nn.Identity):
             return x
+        if not isinstance(norm, nn.LayerNorm):
+            return self.rms_norm(x, norm)
         ones = torch.ones(norm.normalized_shape)
         scale = self.constant(ones if norm.weight is None else norm.weight)
         offset = self.constant(ones * 0 if norm.bias is None else norm.bias)
         return self.op("LayerNormalization", x, scale, offset, axis=-1, epsilon=norm.eps)
 
+    def rms_norm(self, x: str, norm: nn.Module) -> str:
+        """x / sqrt(mean(x^2) + eps), times the norm's scale."""
+        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        mean = self.op("Add", self.mean(self.op("Mul", x, x), -1, keep=True), self.constant(eps))
+        x = self.op("Div", x, self.op("Sqrt", mean))
+        return x if norm.weight is None else self.op("Mul", x, self.constant(norm.weight))
+
     def scaled(self, x: str, scale: nn.Module) -> str:
-        """A LayerScale, or nothing."""
-        return x if isinstance(scale, nn.Identity) else self.op("Mul", x, self.constant(scale.gamma))
+        """A LayerScale, the norm of a post-norm block, or nothing."""
+        return self.op("Mul", x, self.constant(scale.gamma)) if isinstance(scale, LayerScale) else self.norm(x, scale)
+
+    def mlp(self, x: str, mlp: nn.Module) -> str:
+        """Rows through an MLP, gated or not."""
+        if type(mlp) is SwiGLU:
+            hidden = self.op("Mul", self.activated(self.linear(x, mlp.fc1_g), mlp.act), self.linear(x, mlp.fc1_x))
+        elif type(mlp) is GluMlp:
+            first, second = self.parts(self.linear(x, mlp.fc1), 2)
+            gate, value = (second, first) if mlp.gate_last else (first, second)
+            hidden = self.op("Mul", self.activated(gate, mlp.act), value)
+        else:
+            hidden = self.activated(self.linear(x, mlp.fc1), mlp.act)
+        return self.linear(self.norm(hidden, mlp.norm), mlp.fc2)
+
+    def activated(self, x: str, act: nn.Module) -> str:
+        """GELU or SiLU."""
+        return self.op("Mul", x, self.op("Sigmoid", x)) if isinstance(act, nn.SiLU) else self.gelu(x, act.approximate)
+
+    def turned(self, x: str, position: Position, where: Tensor | None, tokens: int, queries: int | None = None) -> str:
+        """Queries or keys (B, tokens, heads, head_dim), or the first `queries` of them, turned by their positions."""
+        if not isinstance(position, Turned):
+            return x
+        *factors, matrix = position.as_products(where, tokens)
+        cosines, sines = (self.constant(factor[:queries]) for factor in factors)
+        other = self.op("Mul", self.op("MatMul", x, self.constant(matrix)), sines)
+        return self.op("Add", self.op("Mul", x, cosines), other)
 
     def quantized(
         self, x: str, quantizer: nn.Module, transposed: tuple[int, ...] | None = None, factor: float = 1.0
@@ -192,16 +235,16 @@ class Graph:
         # An integer product would take its bias rounded to its own units; added behind it, it is exact.
         return self.op("Add", self.op("Gemm", x, weight), self.constant(bias), result=result)
 
-    def thirds(self, x: str) -> list[str]:
-        """Three equal parts of the columns of `x`."""
-        count = {"num_outputs": 3} if self.opset >= 18 else {}
-        return self.op("Split", x, outputs=3, axis=1, **count)
+    def parts(self, x: str, number: int) -> list[str]:
+        """So many equal parts of the columns of `x`."""
+        count = {"num_outputs": number} if self.opset >= 18 else {}
+        return self.op("Split", x, outputs=number, axis=1, **count)
 
-    def mean(self, x: str) -> str:
-        """The mean over axis 1."""
+    def mean(self, x: str, axis: int = 1, keep: bool = False) -> str:
+        """The mean over an axis."""
         if self.opset < 18:
-            return self.op("ReduceMean", x, axes=[1], keepdims=0)
-        return self.op("ReduceMean", x, self.constant([1], np.int64), keepdims=0)
+            return self.op("ReduceMean", x, axes=[axis], keepdims=int(keep))
+        return self.op("ReduceMean", x, self.constant([axis], np.int64), keepdims=int(keep))
 
     def gelu(self, x: str, approximate: str) -> str:
         """`torch.nn.functional.gelu`; written out as runtimes know it again and fuse it."""
@@ -228,7 +271,7 @@ class Graph:
 
 def _write(graph: Graph, vit: SparseViT) -> None:
     """Images -> logits."""
-    grid, width = vit.grid, vit.blocks[0].norm1.normalized_shape[-1]
+    grid, width = vit.grid, _plain(vit.patch_proj).out_features
     x = graph.reshape(INPUT, -1, grid.channels, grid.rows, grid.height, grid.cols, grid.width)
     x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
     x = graph.norm(graph.linear(graph.reshape(x, -1, grid.pixels), vit.patch_proj), vit.patch_norm)
@@ -242,21 +285,29 @@ def _write(graph: Graph, vit: SparseViT) -> None:
         shape = graph.op("Concat", batch, graph.constant(list(prefix.shape[1:]), np.int64), axis=0)
         x = graph.op("Concat", graph.op("Expand", graph.constant(prefix), shape), x, axis=1)
         tokens += prefix.shape[1]
-    x, tap = graph.reshape(x, -1, width), vit.tap_embed
+    x, tap, where = graph.reshape(x, -1, width), vit.tap_embed, vit.where(grid.all_positions(1))
     if not isinstance(vit.norm_pre, nn.Identity):
         x, tap = graph.norm(graph.quantized(x, tap), vit.norm_pre), nn.Identity()
     for block in vit.blocks:
         queries = vit.last_queries if block is vit.blocks[-1] else None
-        x, tap = _block(graph, block, x, tap, tokens, queries, width), block.tap_mlp_sum
+        x, tap = _block(graph, block, x, tap, tokens, queries, width, where), block.tap_mlp_sum
     _head(graph, vit, x, tap, vit.last_queries or tokens, width)
 
 
 def _block(
-    graph: Graph, block: SparseBlock, x: str, tap: nn.Module, tokens: int, queries: int | None, width: int
+    graph: Graph,
+    block: SparseBlock,
+    x: str,
+    tap: nn.Module,
+    tokens: int,
+    queries: int | None,
+    width: int,
+    where: Tensor | None,
 ) -> str:
     """Rows of tokens (B * tokens, width), that `tap` quantizes -> rows of the first `queries` tokens of every image.
 
-    Tokens are chosen before they are quantized: with int8 ONNX Runtime's optimizer fails on a reshape behind it.
+    `where` is what the model says of all positions. Tokens are chosen before they are quantized: with int8 ONNX
+    Runtime's optimizer fails on a reshape behind it.
     """
 
     def first(rows: str, size: int) -> str:
@@ -272,21 +323,24 @@ def _block(
     entering = graph.quantized(x, tap)
     rest = entering if queries is None else graph.quantized(first(x, width), tap)
     y = graph.norm(entering, block.norm1)
-    inner = (block.proj.linear if isinstance(block.proj, QuantizedLinear) else block.proj).in_features
-    q, k, v = graph.thirds(graph.linear(y, block.qkv))
-    q = of_heads(first(q, inner), block.q_norm, queries or tokens)
+    inner = _plain(block.proj).in_features
+    q, k, v = graph.parts(graph.linear(y, block.qkv), 3)
+    q = graph.turned(of_heads(first(q, inner), block.q_norm, queries or tokens), block.position, where, tokens, queries)
     q = graph.quantized(q, block.tap_q, (0, 2, 1, 3), block.scale)
-    k = graph.quantized(of_heads(k, block.k_norm, tokens), block.tap_k, (0, 2, 3, 1))
+    k = graph.turned(of_heads(k, block.k_norm, tokens), block.position, where, tokens)
+    k = graph.quantized(k, block.tap_k, (0, 2, 3, 1))
     v = graph.quantized(of_heads(v, nn.Identity(), tokens), block.tap_v, (0, 2, 1, 3))
-    scores = graph.quantized(graph.op("MatMul", q, k), block.tap_scores)
+    scores, bias = graph.op("MatMul", q, k), block.position.bias(where)
+    scores = scores if bias is None else graph.op("Add", scores, graph.constant(bias[:, :, :queries]))
+    scores = graph.quantized(scores, block.tap_scores)
     probs = graph.quantized(graph.op("Softmax", scores, axis=-1), block.tap_probs)
     out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 2, 1, 3))
     out = graph.norm(graph.reshape(out, -1, inner), block.attn_norm)
+    if block.gate is not None:
+        out = graph.op("Mul", out, graph.op("Sigmoid", graph.linear(first(y, width), block.gate)))
     out = graph.scaled(graph.linear(out, block.proj), block.ls1)
     x = graph.quantized(graph.op("Add", rest, out), block.tap_attn_sum)
-    y = graph.linear(graph.norm(x, block.norm2), block.mlp.fc1)
-    y = graph.norm(graph.gelu(y, block.mlp.act.approximate), block.mlp.norm)
-    y = graph.scaled(graph.linear(y, block.mlp.fc2), block.ls2)
+    y = graph.scaled(graph.mlp(graph.norm(x, block.norm2), block.mlp), block.ls2)
     return graph.op("Add", x, y)
 
 
@@ -297,6 +351,10 @@ def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, wid
     def normalized(chosen: str) -> str:
         return graph.norm(graph.quantized(chosen, tap), vit.norm)
 
+    def sliced(start: int) -> str:
+        """The tokens from `start` on."""
+        return graph.op("Slice", x, *(graph.constant([value], np.int64) for value in (start, tokens, 1)))
+
     def token(index: int) -> str:
         return normalized(graph.op("Gather", x, graph.constant(index, np.int64), axis=1))
 
@@ -304,10 +362,33 @@ def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, wid
         both = graph.op("Add", graph.linear(token(0), head.head), graph.linear(token(1), head.head_dist))
         graph.op("Mul", both, graph.constant(0.5), result=OUTPUT)
         return
-    if head.pool_type == "token":
+    if head.attn_pool is not None:
+        start = 0 if head.include_prefix else head.prefix_tokens
+        pooled = _pool(graph, head.attn_pool, normalized(sliced(start)), tokens - start, width)
+    elif head.pool_type == "token":
         pooled = token(0)
     else:
-        start = 0 if head.include_prefix else head.prefix_tokens
-        ends = (graph.constant([value], np.int64) for value in (start, tokens, 1))
-        pooled = graph.mean(normalized(graph.op("Slice", x, *ends)))
+        pooled = graph.mean(normalized(sliced(0 if head.include_prefix else head.prefix_tokens)))
     graph.linear(graph.norm(pooled, head.fc_norm), head.head, result=OUTPUT)
+
+
+def _pool(graph: Graph, pool: AttentionPoolLatent, x: str, tokens: int, width: int) -> str:
+    """Tokens (B, tokens, width) -> what the pool's latent tokens, the same for all images, gather: rows (B, width)."""
+    heads, count = pool.num_heads, pool.latent_len
+    q = pool.q_norm(pool.q(pool.latent).unflatten(-1, (heads, -1))).transpose(1, 2) * pool.scale
+    k, v = graph.parts(graph.linear(graph.reshape(x, -1, width), pool.kv), 2)
+    k = graph.norm(graph.reshape(k, -1, tokens, heads, q.shape[-1]), pool.k_norm)
+    k = graph.op("Transpose", k, perm=(0, 2, 3, 1))
+    v = graph.op("Transpose", graph.reshape(v, -1, tokens, heads, q.shape[-1]), perm=(0, 2, 1, 3))
+    weights = graph.op("Softmax", graph.op("MatMul", graph.constant(q), k), axis=-1)
+    out = graph.op("Transpose", graph.op("MatMul", weights, v), perm=(0, 2, 1, 3))
+    out = graph.linear(graph.reshape(out, -1, heads * q.shape[-1]), pool.proj)
+    if pool.mlp is not None:
+        out = graph.op("Add", out, graph.mlp(graph.norm(out, pool.norm), pool.mlp))
+    out = graph.reshape(out, -1, count, width)
+    return graph.op("Gather", out, graph.constant(0, np.int64), axis=1) if pool.pool == "token" else graph.mean(out)
+
+
+def _plain(layer: nn.Module) -> nn.Linear:
+    """The linear layer itself, quantized or not."""
+    return layer.linear if isinstance(layer, QuantizedLinear) else layer

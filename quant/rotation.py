@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from models import SparseViT
 from models.blocks import SparseBlock
-from models.positions import Turned
 from quant.reparameterization import NORMS, block_sites
 
 LINEAR_POOLING = ("token", "avg")
@@ -53,6 +52,8 @@ def rotations(vit: SparseViT) -> Rotations:
 
 def _stream(vit: SparseViT) -> str | None:
     """What stands between the residual stream and the layers that write or read it."""
+    if len({vit.patch_proj.out_features, *(block.proj.out_features for block in _attentions(vit))}) > 1:
+        return "its width is not the same in all blocks"
     for name in ("patch_norm", "norm_pre"):
         if not isinstance(getattr(vit, name), nn.Identity):
             return f"{name} scales the channels of the embedding"
@@ -63,11 +64,13 @@ def _stream(vit: SparseViT) -> str | None:
         for scale in (block.ls1, block.ls2):
             if not isinstance(scale, LayerScale | nn.Identity):
                 return f"a {type(scale).__name__} scales the channels that a block adds to it"
-        if not all(block.normalizes(norm) for norm in block.norms):
+        if not all(norm in block.readers for norm in block.norms):
             return "a block reads it without a norm"
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"the MLP is a {type(block.mlp).__name__}"
-    pool = vit.head.attn_pool
+    pool, norms = vit.head.attn_pool, (vit.norm, vit.head.fc_norm)
+    if pool is None and vit.head.head_dist is None and not any(isinstance(n, nn.Identity) for n in norms):
+        return "it is normalized twice before the classifier"
     if pool is None and vit.head.head_dist is None and vit.head.pool_type not in LINEAR_POOLING:
         return f"{vit.head.pool_type} pooling is done channel by channel"
     if pool is not None and not (isinstance(getattr(pool, "kv", None), nn.Linear) and pool.pos_embed is None):
@@ -76,8 +79,8 @@ def _stream(vit: SparseViT) -> str | None:
 
 
 def _between_scores(vit: SparseViT) -> str | None:
-    if any(isinstance(block.position, Turned) for block in _attentions(vit)):
-        return "rotary embeddings turn them"
+    if any(block.position.turns for block in _attentions(vit)):
+        return "they are turned by where their tokens are"
     norms = [norm for block in _attentions(vit) for norm in (block.q_norm, block.k_norm)]
     return None if all(isinstance(norm, nn.Identity) for norm in norms) else "they are normalized"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from models import LoadedModel, SparseImages, SparseViT
 from models.registry import bare_model
@@ -53,9 +53,7 @@ def save_quantized(
     if model.architecture is None:
         raise UserError(f"--save: the architecture of {model.name} is not known, so it could not be made again")
     folder, config = require_own_folder(folder), fitting(SparseViT(model.vit), config)
-    # Copies: blocks may share a table of positions, and files hold no shared tensors.
-    contiguous = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    state = {name: value.detach().to(**contiguous) for name, value in quantized.state_dict().items()}
+    state = _apart({name: value.detach().cpu().contiguous() for name, value in quantized.state_dict().items()})
     for name, layer in quantized_layers(quantized).items():
         if layer.weight_scale is not None:
             state[f"{name}.linear.weight"] = layer.integers().cpu()
@@ -66,6 +64,12 @@ def save_quantized(
         about = _about(model, config, classes)
         write_json(folder / CONFIG, {**about, "sha256": _checksum(about, partial)})
     return folder
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, a copy of its own for every name: blocks that share a table of positions share memory."""
+    first = {value.data_ptr(): name for name, value in reversed(state.items())}
+    return {name: value if first[value.data_ptr()] == name else value.clone() for name, value in state.items()}
 
 
 def _about(model: LoadedModel, config: QuantConfig, classes: list[str]) -> dict[str, object]:

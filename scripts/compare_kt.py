@@ -100,7 +100,7 @@ def row_of(cell: Cell) -> dict:
 
     print(f"== {cell.task.model.name}, {cell.method.name}, {cell.student}, seed {cell.task.run.seed}", flush=True)
     report = transfer_report(cell.task, tell=print)
-    print(f"top-1 {report['student']['best_top1']:.2f}, teacher {report['teacher']['top1']:.2f}", flush=True)
+    print(f"top-1 {report['student']['top1']:.2f}, teacher {report['teacher']['top1']:.2f}", flush=True)
     return {
         "task": "kt",
         "model": cell.task.model.name,
@@ -112,8 +112,8 @@ def row_of(cell: Cell) -> dict:
         "student": cell.student,
         "finetune": report["finetune"],
         "student_init": report["student_init"],
-        "top1": report["student"]["best_top1"],
-        "last_top1": report["student"]["top1"],
+        "top1": report["student"]["top1"],
+        "kept": report["student"]["kept"],
         "teacher_top1": report["teacher"]["top1"],
         **costs(SynthesisReport(**report["synthesis"]), report["pool"]["images"]),
         "distill_seconds": report["distill"]["seconds"],

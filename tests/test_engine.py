@@ -223,7 +223,7 @@ def test_nan_loss_is_one_clear_error():
         ({"strategy": "no"}, "--strategy no is unknown; there are dense, smi"),
         ({"strategy": "random"}, "needs a schedule"),
         ({"strategy": "pri", "prune_it": (5,), "prune_ratio": (0.5,)}, "has no schedule"),
-        ({"importance": "no"}, "there are cls, rollout"),
+        ({"importance": "no"}, "there are auto, cls, rollout"),
         ({"targets": ("cats",)}, "--targets cats"),
         ({"soft_label": 1.0}, "--soft_label"),
         ({"projections": ("lowpass:cutoff=2",)}, "cutoff 2.0"),

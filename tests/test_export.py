@@ -16,7 +16,7 @@ from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
 from quant.export import default_opset, require_export, runtime_for
-from tests.conftest import randomize, run_script, tiny_model, tiny_vit
+from tests.conftest import TINY_FAMILIES, randomize, run_script, tiny_family, tiny_model, tiny_vit
 from utils.data import Digits
 from utils.errors import UserError
 
@@ -205,6 +205,26 @@ def test_a_full_precision_graph_gives_the_logits_of_the_model(options, approxima
 
 
 @pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_every_family_is_exported(name, opset):
+    """In full precision to the last digits; quantized as far as sums in another order allow."""
+    from quant.onnx_graph import require_exportable
+
+    vit = SparseViT(tiny_family(name))
+    require_exportable(vit)
+    images = noise(vit, 8)
+    pixels = vit.grid.unpatchify(images.patches, images.positions)
+    quantized = quantize(vit, images, QuantConfig(8, 8, "mse"))
+    with torch.no_grad():
+        plain, simulated = (model.forward_images(pixels).numpy() for model in (vit, quantized))
+    found = logits_of(vit, pixels, opset)
+    assert np.abs(found - plain).max() < 1e-4 * np.abs(plain).max()
+    off = np.abs(logits_of(quantized, pixels, opset) - simulated).mean()
+    assert off < 0.3 * np.abs(plain - simulated).mean()
+
+
+@pytest.mark.usefixtures("onnx_packages")
 def test_a_distilled_model_is_exported_with_both_heads():
     import timm
 
@@ -334,9 +354,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             require_export(tmp_path / file, model, QuantConfig())
 
     refused(tiny_model(), "ends in .onnx", "a.pt")
-    gated = tiny_model()
-    gated.vit.blocks[0].mlp = timm.layers.SwiGLU(32, 64)
-    refused(gated, "SwiGLU")
+    convolved = tiny_model()
+    convolved.vit.blocks[0].mlp = timm.layers.GatedMlp(32, 64)
+    refused(convolved, "GatedMlp")
     relu = tiny_model()
     relu.vit.blocks[1].mlp.act = torch.nn.ReLU()
     refused(relu, "ReLU")

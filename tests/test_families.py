@@ -149,9 +149,10 @@ def test_patches_are_ranked_or_the_ranking_is_refused(name, options, importance)
     model = family_model(name, **options)
     vit = SparseViT(model.vit)
     images = images_of(vit, 2, kept=7)
-    if importance in ("cls", "rollout") and not vit.has_class_token:
+    lacks = not (hasattr(vit.head.attn_pool, "latent") if importance == "pool" else vit.has_class_token)
+    if importance in ("cls", "rollout", "pool") and lacks:
         config = InversionConfig(iterations=4, prune_it=(1,), prune_ratio=(0.5,), importance=importance)
-        with pytest.raises(UserError, match="no class token"):
+        with pytest.raises(UserError, match=f"--importance {importance} cannot rank"):
             Inverter(model, config, torch.device("cpu"))
         return
     canvas = PatchCanvas(vit.grid, images.patches, images.positions)

@@ -46,7 +46,7 @@ METHODS = {
     "reconstruction": {"observer": "mse", "reconstruct": True, "reconstruct_steps": 5},
 }
 BEHIND, SCALED = "they are normalized before the projection", "a LayerNorm scales the channels that a block adds to it"
-TURNED = "rotary embeddings turn them"
+TURNED = "they are turned by where their tokens are"
 NORMALIZED = "they are normalized"
 REFUSED = {
     "vit_base_patch16_rpn_224": (SCALED, None, None),

@@ -1,5 +1,6 @@
 """The engine's fast path against plain float32 autograd on full images: same loss, same gradient to the pixels."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,10 +12,10 @@ from inversion import InversionConfig, Inverter
 from inversion.canvas import Jitter, PatchCanvas
 from inversion.targets import distributions
 from inversion.views import Draw
-from models import DEFAULT_MODEL, LoadedModel, load_model
+from models import DEFAULT_MODEL, LoadedModel, SparseViT, load_model, pack_blocks
 from models.blocks import SparseBlock
 from models.packed import PackedBlock
-from tests.conftest import tiny_model
+from tests.conftest import tiny_family, tiny_model
 from tests.test_canvas import jittered_positions, plain_tv
 
 CPU = torch.device("cpu")
@@ -88,6 +89,47 @@ def test_every_stage_agrees_with_plain_autograd(options, dtype, multiple, monkey
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_stage_agrees_on_trained_weights(dtype):
     assert_agree(load_model(DEFAULT_MODEL), dtype)
+
+
+PACKED = [
+    "eva_large_patch14_196",
+    "eva02_tiny_patch14_224",
+    "eva02_base_patch14_448",
+    "eva02_base_patch16_clip_224",
+    "vit_small_patch16_dinov3",
+    "vit_small_patch16_rope_mixed_224",
+    "beit_base_patch16_224",
+    "vit_srelpos_small_patch16_224",
+]
+
+
+@pytest.mark.parametrize("multiple", PADDING)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_blocks_of_other_families_are_their_plain_ones(name, dtype, multiple, monkeypatch):
+    """Logits, what attention puts out, and gradients of both, on kept patches that differ from image to image."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(models.attention, "PADDED_MULTIPLE", multiple)
+    vit = SparseViT(tiny_family(name).requires_grad_(False))
+    packed, kind, generator = copy.deepcopy(vit), getattr(torch, dtype), torch.Generator().manual_seed(0)
+    pack_blocks(packed, kind)
+    packed = packed.to(kind)
+    assert type(packed.blocks[0]) is PackedBlock
+    grid = vit.grid
+    patches = torch.randn(3, 7, grid.channels, grid.height, grid.width, generator=generator).requires_grad_()
+    positions = torch.stack([torch.randperm(grid.count, generator=generator)[:7] for _ in range(3)])
+    outcomes = []
+    for model, fed in ((packed, patches.to(kind)), (vit.plainly(), patches)):
+        out = model(fed, positions, return_attended=True)
+        parts = [out.logits.float(), out.attended[0].float()]
+        wanted = [part.square().sum() for part in parts]
+        outcomes.append([*parts, *(torch.autograd.grad(value, patches, retain_graph=True)[0] for value in wanted)])
+        weights = model.attention_weights(fed, positions)[0].float()
+        outcomes[-1].append(weights)
+    for found, expected in zip(*outcomes, strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error < (1e-4 if dtype == "float32" else 5e-2)
 
 
 def test_plain_blocks_are_packed_and_others_are_not():

@@ -268,8 +268,8 @@ def test_a_model_without_class_token_grows_where_nothing_is_ranked():
     batch = Inverter(model, InversionConfig(**DENSE), CPU).invert(0)
     assert batch.images.positions.shape == (3, 16)
     with pytest.raises(UserError, match=r"no class token.*--importance cls"):
-        Inverter(model, InversionConfig(**STOPPING), CPU)
-    assert Inverter(model, InversionConfig(importance="all", **STOPPING), CPU).invert(0).images.positions.shape[1] < 16
+        Inverter(model, InversionConfig(importance="cls", **STOPPING), CPU)
+    assert Inverter(model, InversionConfig(**STOPPING), CPU).invert(0).images.positions.shape[1] < 16
 
 
 # ---- settings

@@ -139,7 +139,7 @@ def attention_maps(vit, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", IMPORTANCES)
+@pytest.mark.parametrize("name", [name for name in IMPORTANCES if name != "pool"])
 def test_importance_against_plain_formulas(name, dtype):
     model = tiny_model(depth=3)
     inverter = Inverter(model, InversionConfig(dtype=dtype), CPU)
@@ -174,13 +174,34 @@ def test_a_model_without_class_token_is_inverted_by_other_rankings():
     model = tiny_model(class_token=False, global_pool="avg")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(SparseViT(model.vit).forward_images(images), model.vit(images), rtol=1e-4, atol=1e-5)
-    for importance in ("all", "gradient"):
+    for importance in ("auto", "all", "gradient"):
         batch = Inverter(model, InversionConfig(importance=importance, **SCHEDULE), CPU).invert(0)
         assert batch.images.positions.shape == (3, 4)
     assert Inverter(model, InversionConfig(iterations=3, snapshots=(3,)), CPU).invert(0).snapshots[0].attention is None
     for importance in ("cls", "rollout"):
         with pytest.raises(UserError, match=f"no class token.*--importance {importance}.*--importance all or gradient"):
             Inverter(model, InversionConfig(importance=importance, **SCHEDULE), CPU)
+    with pytest.raises(UserError, match=r"no pool with a latent token.*--importance pool.*--importance all"):
+        Inverter(model, InversionConfig(importance="pool", **SCHEDULE), CPU)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_pool_of_attention_ranks_by_its_latent_token(registers):
+    """Against the weights by which timm's pool puts values together, read off by values that are one token each."""
+    model = tiny_model(class_token=False, global_pool="map", reg_tokens=registers)
+    inverter = Inverter(model, InversionConfig(**SCHEDULE), CPU)
+    assert inverter.config.importance == "pool" and inverter.invert(0).images.positions.shape == (3, 4)
+    grid, vit, pool = inverter.vit.grid, model.vit, model.vit.attn_pool
+    images = torch.randn(2, 3, 32, 32, generator=generator())
+    canvas = PatchCanvas(grid, grid.patchify(images), grid.all_positions(2).contiguous())
+    found = IMPORTANCES["pool"](SparseViT(vit), canvas, torch.zeros(2, 5))
+    tokens = vit.forward_features(images)
+    tokens = tokens if vit.pool_include_prefix else tokens[:, registers:]
+    q = pool.q(pool.latent).view(1, 1, pool.num_heads, -1).transpose(1, 2)
+    k = pool.kv(tokens).view(2, tokens.shape[1], 2, pool.num_heads, -1)[:, :, 0].transpose(1, 2)
+    one_hot = torch.eye(tokens.shape[1]).expand(2, pool.num_heads, -1, -1)
+    weights = F.scaled_dot_product_attention(q.expand(2, -1, -1, -1), k, one_hot)[:, :, 0].mean(dim=1)
+    torch.testing.assert_close(found, weights[:, -grid.count :])
 
 
 # Targets

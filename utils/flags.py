@@ -14,7 +14,7 @@ from kt import DistillConfig, StudentConfig
 from models import ModelConfig
 from quant import QuantConfig
 from quant.config import PRESETS as QUANT_PRESETS
-from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive, weight
+from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive, rate, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype
 from utils.errors import UserError
@@ -75,6 +75,7 @@ def transfer_parser(description: str) -> Parser:
     add_flags(parser, DistillConfig)
     add = parser.add_argument
     add("--images_per_epoch", type=natural, default=100, help="images added to the pool each epoch; 0: only use it")
+    add("--minutes", type=rate, metavar="M", help="instead: make images for so long, before the first epoch")
     add("--max_images", type=positive, help="images after which no more are added; default no limit")
     add("--inversion-batchsize", type=positive, default=100, help="images per inversion batch")
     add_inversion_arguments(parser)
@@ -89,6 +90,7 @@ def transfer_task(args: argparse.Namespace) -> TransferTask:
         **common_configs(args),
         images=source(args, inversion_config(args, args.inversion_batchsize, student="the student of the run")),
         images_per_epoch=args.images_per_epoch,
+        minutes=args.minutes,
         max_images=args.max_images,
         student=from_flags(StudentConfig, args),
         distillation=from_flags(DistillConfig, args, seed=args.seed),

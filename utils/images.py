@@ -11,6 +11,7 @@ import torch
 
 from inversion import ImagePool, InversionConfig, SynthesisReport, synthesis_report, synthesize
 from inversion.events import require_tensorboard
+from inversion.synthesis import logged_seconds
 from models import LoadedModel, SparseImages
 from utils.classes import labels_of
 from utils.config import Colour, DataConfig
@@ -19,7 +20,7 @@ from utils.device import pick_device, require_memory
 from utils.errors import UserError
 from utils.files import user_path
 from utils.pictures import LossCurve
-from utils.ranks import rank_zero_first
+from utils.ranks import rank, rank_zero_first, ranks, summed
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Stored:
 
 
 Source = Inverted | Noise | Real | Stored
+
+NEEDS_PRI = "--join puts the images of pri trajectories together; give --strategy pri"
+"""To a user who asks for it with other images."""
 
 
 def calibration_images(
@@ -171,6 +175,22 @@ class Synthesis:
             new = self.pool.read(count, first=have)
             self.images = new if self.images is None else self.images.joined(new)
         return self.images
+
+    def filled_for(self, seconds: float, most: float = math.inf) -> int:
+        """Add batches until those that this run made took so long, one at least. Returns how many images there are.
+
+        What was there is used, at most `most` images; a run that is started again goes on with the time it has left.
+        """
+        size, count = self.pool.config.batch_size, self.pool.batches() * self.pool.config.batch_size
+        while count < most and (not count or self._seconds() < seconds):
+            self.first(min(count + size, most))
+            count += size
+        return min(count, most)
+
+    def _seconds(self) -> float:
+        """What this run has spent on the pool, as the first rank's log says, divided by the ranks."""
+        spent = logged_seconds(self.pool, self.where["log"]) if rank() == 0 else 0.0
+        return summed([spent], torch.device(self.where["device"]))[0] / ranks()
 
     def made(self, most: float = math.inf) -> int:
         """How many images the pool holds, at most `most`. Raises `UserError` where it holds none."""

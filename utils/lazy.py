@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
+    from torch import nn
 else:
     torch, F, dist = Later("torch"), Later("torch.nn.functional"), Later("torch.distributed")
+    nn = Later("torch.nn")
 
 
 def exports(
@@ -49,4 +51,4 @@ def exports(
     return give, lambda: sorted({*vars(sys.modules[package]), *found}), sorted(found)
 
 
-__all__ = ["F", "Later", "dist", "exports", "torch"]
+__all__ = ["F", "Later", "dist", "exports", "nn", "torch"]

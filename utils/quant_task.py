@@ -24,7 +24,7 @@ from utils.device import pick_device, pick_dtype, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import user_path, write_json
-from utils.images import Inverted, Stored, Synthesis, images_at_hand
+from utils.images import NEEDS_PRI, Inverted, Stored, Synthesis, images_at_hand
 from utils.pictures import LossCurve, save_images, save_loss_curve
 from utils.ranks import rank, rank_zero_first, ranks
 from utils.report_page import write_quant_page
@@ -66,7 +66,7 @@ class QuantTask(Task):
         if self.opset is not None and not self.export:
             raise UserError("--opset is the version of the file of --export, which is not given")
         if self.quantization.join and self.images.kind not in ("pri", "stored"):
-            raise UserError("--join puts the images of pri trajectories together; give --strategy pri")
+            raise UserError(NEEDS_PRI)
         if self.sensitivity and self.quantization.w_bit == self.quantization.a_bit == 32:
             raise UserError("--sensitivity needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
 

@@ -113,7 +113,8 @@ def write_quant_page(folder: Path, report: Mapping, curve: LossCurve | None) -> 
 def write_transfer_page(folder: Path, report: Mapping, curve: LossCurve | None) -> Path:
     """The page of test_kt.py, from what `report.json` holds and the pictures in `folder`."""
     teacher, student, distill = report["teacher"], report["student"], report["distill"]
-    named = {"teacher": teacher, "student, best": {"top1": student["best_top1"]}, "student, last": student}
+    kept = "the last" if student["kept"] == "last" else f"of epoch {student['epoch']}, by agreement"
+    named = {"teacher": teacher, f"student, {kept}": student}
     lines = [[name, *against(found, teacher)] for name, found in named.items()]
     top1, loss = (
         {epoch: [entry[key]] for epoch, entry in enumerate(report["history"], start=1) if entry[key] is not None}

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
+from kt.whole import WholeStudent
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
 from utils import evaluation
@@ -23,7 +25,7 @@ from utils.device import pick_device, seed_all
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import write_json
-from utils.images import Inverted, Noise, Synthesis, images_at_hand
+from utils.images import NEEDS_PRI, Inverted, Noise, Synthesis, images_at_hand
 from utils.pictures import save_images
 from utils.ranks import rank
 from utils.report_page import write_transfer_page
@@ -35,22 +37,28 @@ class TransferTask(Task):
     """Everything that a run of the task is asked for.
 
     `images_per_epoch`: inverted images added to the pool each epoch; 0: the pool is used as it is. `max_images`: after
-    which no more are added, or how many noise, real or stored images there are; None: no limit, or all.
+    which no more are added, or how many noise, real or stored images there are; None: no limit, or all. `minutes`: time
+    in which inverted images are made before the first epoch, instead of some each epoch.
 
     Raises `UserError` for what cannot go together.
     """
 
     images_per_epoch: int
     max_images: int | None
+    minutes: float | None
     student: StudentConfig
     distillation: DistillConfig
 
     def __post_init__(self) -> None:
         natural.check(self.images_per_epoch, "--images_per_epoch")
+        if self.minutes is not None and not isinstance(self.images, Inverted):
+            raise UserError("--minutes is the time to invert images in, and none are inverted here")
         if self.max_images is not None:
             positive.check(self.max_images, "--max_images")
         if isinstance(self.images, Noise) and not self.fixed_images:
             raise UserError("--mode 1 --images_per_epoch 0 asks for no images; give --max_images")
+        if self.distillation.join and self.images.kind not in ("pri", "stored"):
+            raise UserError(NEEDS_PRI)
 
     @property
     def name(self) -> str:
@@ -70,7 +78,7 @@ class TransferTask(Task):
         More epochs only add to them, but where they set the length of something else.
         """
         flags = super().settings() | by_flag(self.student) | by_flag(self.distillation)
-        flags |= {"images_per_epoch": self.images_per_epoch, "max_images": self.max_images}
+        flags |= {"images_per_epoch": self.images_per_epoch, "max_images": self.max_images, "minutes": self.minutes}
         if isinstance(self.images, Inverted):
             flags["datapool"] = str(self.images.datapool)
         if self.distillation.lr_schedule == "constant" and not isinstance(self.images, Noise):
@@ -99,10 +107,13 @@ def transfer_report(
     output = task.folder
     checkpoint = Checkpoint(output, task.settings(), made_by_run="student")
     test_set = evaluation_set(teacher, task.data)
-    chosen, image_size = limited(test_set, task.data.val_limit), teacher.preprocessing.input_size
-    data = loader(chosen, task.data.val_batchsize, task.data.num_workers, image_size)
+    data = _loader(task, teacher, test_set)
     evaluation.require_memory_for(SparseViT(teacher.vit), data, device)
     student = load_student(teacher, task.student)
+    of_student = data
+    if isinstance(student, WholeStudent):
+        wanted = replace(teacher, preprocessing=student.preprocessing)
+        of_student = _loader(task, wanted, evaluation_set(wanted, task.data))
     images, synthesis = _images(task, teacher, student, device, output)
     if checkpoint.state is not None and tell is not None:
         with checkpoint.going_on():
@@ -114,7 +125,7 @@ def transfer_report(
         images,
         task.distillation,
         device,
-        evaluate=lambda vit: evaluate({"student": vit}, data, device)["student"]["top1"],
+        evaluate=lambda vit: evaluate({"student": vit}, of_student, device)["student"]["top1"],
         checkpoint=checkpoint,
         progress=task.run.progress,
         eager=task.run.eager,
@@ -131,7 +142,7 @@ def transfer_report(
         **task.origin(device),
         "epochs": len(found.history),
         "teacher": evaluate({"teacher": teacher.sparse(device)}, data, device, progress=task.run.progress)["teacher"],
-        "student": {"top1": found.last_top1, "best_top1": found.best_top1},
+        "student": {"top1": found.top1, "kept": task.distillation.keep, "epoch": found.kept},
         "pool": {"images": found.images, "path": cost.pool},
         "synthesis": asdict(cost),
         "distill": {"seconds": round(found.seconds, 3), "steps": len(found.history) * task.distillation.steps},
@@ -139,7 +150,7 @@ def transfer_report(
     }
     shown = images(len(found.history) - 1).at(slice(found.images))  # a pool may have grown since they were used
     if rank() == 0:
-        facts = {"top1": found.best_top1, "test_images": report["teacher"]["images"], "label_names": test_set.classes}
+        facts = {"top1": found.top1, "test_images": report["teacher"]["images"], "label_names": test_set.classes}
         save_student(student, teacher, output / "student", **facts)
         save_images(output / "images.png", shown, teacher)
         write_json(output / "report.json", report)
@@ -147,17 +158,30 @@ def transfer_report(
     return report
 
 
+def _loader(task: TransferTask, model: LoadedModel, test_set: Dataset) -> DataLoader:
+    """Batches of the test images, made ready for a model."""
+    chosen, size = limited(test_set, task.data.val_limit), model.preprocessing.input_size
+    return loader(chosen, task.data.val_batchsize, task.data.num_workers, size)
+
+
 def _images(
-    task: TransferTask, teacher: LoadedModel, student: LoadedModel, device: torch.device, output: Path
+    task: TransferTask, teacher: LoadedModel, student: LoadedModel | WholeStudent, device: torch.device, output: Path
 ) -> tuple[Callable[[int], SparseImages], Synthesis | None]:
     """The images that an epoch draws from, by its number, and what makes them where they are inverted."""
     if not isinstance(task.images, Inverted):
         fixed = images_at_hand(teacher, task.images, task.fixed_images, task.run.seed)
         return lambda epoch: fixed, None
+    if isinstance(student, WholeStudent) and task.images.config.needs("student"):
+        raise UserError(
+            f"--adv looks for what a student gets wrong by the teacher's patches, which {student.name} has not"
+        )
     source = replace(task.images, config=replace(task.images.config, student=_adversary(task)))
     where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events, "eager": task.run.eager}
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
+    if task.minutes is not None:
+        count = synthesis.filled_for(60 * task.minutes, most)
+        return lambda epoch: synthesis.first(count), synthesis
     if task.images_per_epoch:
         return lambda epoch: synthesis.first(min((epoch + 1) * task.images_per_epoch, most)), synthesis
     return lambda epoch: synthesis.first(synthesis.made(most), add=False), synthesis

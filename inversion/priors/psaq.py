@@ -28,7 +28,7 @@ class PatchSimilarityEntropy(Loss):
     """Minus the sum over blocks of the entropy of the patch similarities, mean over the batch.
 
     The similarities of an image are the cosines between what the attention of a block puts out for each two of its kept
-    patches, every pair once.
+    patches, every pair once. Of attention in windows these take the place of images, those with one token left out.
     """
 
     reads_attended = True
@@ -37,9 +37,19 @@ class PatchSimilarityEntropy(Loss):
         self.bandwidth = float(context.options["psaq_bandwidth"])
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        output = inputs.output
+        return -sum(self._entropy(precise(x), there) for x, there in zip(output.attended, output.present, strict=True))
+
+    def _entropy(self, x: Tensor, there: Tensor | None) -> Tensor:
+        """Of the similarities of vectors (B, n, D), mean over B; `there` (B, n): those that count, None for all."""
         from inversion.entropy import entropy
 
-        return -sum(entropy(pair_cosines(precise(x)), self.bandwidth).mean() for x in inputs.output.attended)
+        if there is None:
+            return entropy(pair_cosines(x), self.bandwidth).mean()
+        pairs = of_pairs(there[:, :, None] & there[:, None]).to(x.dtype)
+        counts = pairs.sum(dim=1)
+        found = entropy(pair_cosines(x), self.bandwidth, pairs / counts.clamp(min=1)[:, None])
+        return (found * (counts > 0)).sum() / (counts > 0).sum().clamp(min=1)
 
 
 class TargetedVariation(Loss):
@@ -62,8 +72,13 @@ class TargetedVariation(Loss):
 def pair_cosines(x: Tensor) -> Tensor:
     """Vectors (B, n, D) -> cosines of every pair (B, n * (n - 1) / 2)."""
     unit = F.normalize(x, dim=-1)
-    rows, cols = torch.triu_indices(x.shape[1], x.shape[1], offset=1, device=x.device)
-    return (unit @ unit.transpose(1, 2))[:, rows, cols]
+    return of_pairs(unit @ unit.transpose(1, 2))
+
+
+def of_pairs(square: Tensor) -> Tensor:
+    """(B, n, n) -> what is above the diagonal (B, n * (n - 1) / 2)."""
+    rows, cols = torch.triu_indices(*square.shape[1:], offset=1, device=square.device)
+    return square[:, rows, cols]
 
 
 PRIOR = Prior(

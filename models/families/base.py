@@ -63,7 +63,7 @@ def block_parts(block: nn.Module, post_norm: bool = False) -> dict[str, Any]:
     attn, in_front = block.attn, not post_norm
     return {
         "heads": attn.num_heads,
-        "scale": attn.scale,
+        "scale": getattr(attn, "scale", 1.0),  # cosines have none
         "qkv": joined_qkv(attn),
         "proj": attn.proj,
         "mlp": block.mlp,

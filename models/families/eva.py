@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import AttentionRope
+from timm.layers import AttentionRope, RotaryEmbedding
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
@@ -23,6 +23,8 @@ def refusal(vit: Eva) -> str | None:
             return f"its attention is {type(block.attn).__name__}, which is not known"
         if getattr(block.attn, "num_kv_groups", 1) > 1:
             return "several heads share their keys and values (grouped-query attention)"
+    if type(vit.rope) is RotaryEmbedding:
+        return "its rotary embeddings (rope_type='base') are not what timm's own attention takes"
     return None
 
 

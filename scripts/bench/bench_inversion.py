@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from inversion import InversionConfig, Inverter
@@ -36,7 +37,7 @@ from inversion.capture import EAGER_STEPS
 from inversion.config import DEFAULT_VIEWS, DEFAULT_WEIGHTS
 from inversion.schedule import Stage
 from inversion.targets import distributions
-from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
+from models import DEFAULT_MODEL, LoadedModel, PatchGrid, SparseViT, load_model
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, versions
 from utils.files import writable_folder, write_json
@@ -48,7 +49,8 @@ class Reference:
     """One iteration in plain code: everything that a first implementation does, and nothing to make it fast.
 
     Stock timm model in float32 with weights that require gradients; attention matrices of all blocks formed and kept;
-    patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`.
+    patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`. Where
+    timm's blocks ask for more than tokens, kept patches go through ours by stock kernels and autograd.
 
     `backend` of `torch.compile`: instead in the engine's number format, compiled, timm's attention, nothing kept of it.
     """
@@ -64,9 +66,10 @@ class Reference:
         self.dtype = torch.float32 if backend is None else getattr(torch, config.dtype)
         self.vit = copy.deepcopy(model.vit).to(device, self.dtype).requires_grad_(True)
         self.attention: list[torch.Tensor] = []
-        for block in self.vit.blocks if backend is None else ():
-            block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
+        for attn in self.vit.modules() if backend is None else ():
+            if hasattr(attn, "fused_attn") and hasattr(attn, "attn_drop"):
+                attn.fused_attn = False
+                attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
         self.config, self.positions = config, positions
         size = (config.batch_size, *model.preprocessing.input_size)
         generator = torch.Generator().manual_seed(0)
@@ -74,7 +77,8 @@ class Reference:
         self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
         self.optimizer = torch.optim.Adam([self.images], lr=config.lr, betas=(0.5, 0.99))
         self.low, self.high = (model.preprocessing.normalize(torch.full((3, 1, 1), v)).to(device) for v in (0.0, 1.0))
-        self.dense = positions.shape[1] == model.vit.patch_embed.num_patches
+        self.dense = positions.shape[1] == model.grid.count
+        self.sparse = None if isinstance(self.vit, VisionTransformer) else SparseViT(self.vit).plainly()
         with FlopCounterMode(display=False) as counter:
             self.step(Jitter(0, 0, False))
         self.flops = counter.get_total_flops()
@@ -95,11 +99,14 @@ class Reference:
         return loss.item()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        if self.dense:
+            return self.vit(images)
+        if self.sparse is not None:
+            return self.sparse(self.sparse.grid.taken(images, self.positions), self.positions).logits
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
-        if not self.dense:
-            prefix = self.vit.num_prefix_tokens
-            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-            tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, self.positions]], dim=1)
+        prefix = self.vit.num_prefix_tokens
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:][rows, self.positions]], dim=1)
         return self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
 
     def _tv(self) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""Students that are fed whole images: any timm classifier, with an image size and a normalization of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from models import LoadedModel, PatchGrid, ViTOutput
+from models.config import NAMED_MODELS
+from models.registry import Preprocessing, explained, tensors_only
+from models.weights import read_weights
+from utils.errors import UserError
+from utils.files import user_path
+
+
+@dataclass(frozen=True)
+class WholeStudent:
+    """A timm classifier as a student of `teacher`, whose normalized images it is fed, resized and normalized anew.
+
+    `vit` is the model, whatever it is; `preprocessing` its own size and normalization, with the teacher's crop.
+    """
+
+    name: str
+    vit: nn.Module
+    preprocessing: Preprocessing
+    teacher: Preprocessing
+    grid: PatchGrid
+    architecture: tuple[str, dict]
+
+    def sparse(self, device: torch.device | str = "cpu") -> WholeImages:
+        """The model as it is taught, on `device`; it shares its weights with `vit`."""
+        return WholeImages(self.vit, self.grid, self.teacher, self.preprocessing).to(device)
+
+    def save(self, folder: Path, **facts: object) -> None:
+        """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration."""
+        save_for_hf(self.vit, folder, model_config=facts, model_args=self.architecture[1], safe_serialization=True)
+
+
+class WholeImages(nn.Module):
+    """Whole images as a teacher sees them -> logits of a model that wants them otherwise.
+
+    Args:
+        model: a timm classifier.
+        grid: the teacher's.
+        theirs: how the teacher's images are normalized.
+        ours: size and normalization of the model's.
+    """
+
+    def __init__(self, model: nn.Module, grid: PatchGrid, theirs: Preprocessing, ours: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.grid, self.theirs, self.ours = model, grid, theirs, ours
+        self.learns = all(parameter.requires_grad for parameter in model.parameters())
+
+    def forward(self, patches: Tensor, positions: Tensor, return_tokens: bool = False) -> ViTOutput:
+        """Logits (B, classes) of full grids (B, N, C, height, width) at `positions`, while the model is taught.
+
+        Statistics of batch norms are learned where all of the model is.
+        """
+        images = self.theirs.denormalize(self.grid.unpatchify(patches, positions))
+        size = self.ours.input_size[1:]
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+        self.model.train(self.learns)
+        said = self.model(self.ours.normalize(images))
+        self.model.eval()
+        return ViTOutput(said, said)
+
+    def forward_images(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) that were made ready for the model itself."""
+        return self.model.eval()(images)
+
+
+def load_whole(
+    teacher: LoadedModel, name: str, path: str | Path | None, key: str | None, scratch: bool, img_size: int | None
+) -> WholeStudent:
+    """A timm classifier with a new head for the teacher's classes.
+
+    Args:
+        teacher: whose images it will be fed.
+        name: timm's name of it, `hf-hub:ORG/NAME` or `local-dir:DIR`.
+        path: its weights, a file; None: those of its name.
+        key: which of several models in that file.
+        scratch: leave the weights at their initialization.
+        img_size: side of its images; None: what its configuration says.
+
+    Raises:
+        UserError: an unknown name, weights that do not fit, or a model that is not made for such images.
+    """
+    named = NAMED_MODELS.get(name)
+    made, args = (name, {}) if named is None else (named.timm_name, named.model_args or {})
+    path = named.weights if named is not None and path is None and not scratch else path
+    base = made.split(".")[0]
+    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.4)
+        raise UserError(f"unknown model '{name}'" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    args = {**args, "num_classes": teacher.classes, "in_chans": teacher.grid.channels}
+    fetched = not scratch and path is None
+    with explained(name, "--student_path"), tensors_only():
+        model = timm.create_model(made, pretrained=fetched, **args)
+        if img_size is not None and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(img_size, img_size))
+    if path is not None:
+        _fill(model, name, path, key)
+    config = timm.data.resolve_model_data_config(model)
+    size = config["input_size"] if img_size is None else (config["input_size"][0], img_size, img_size)
+    crop = {field: getattr(teacher.preprocessing, field) for field in ("interpolation", "crop_pct", "crop_mode")}
+    ours = Preprocessing(input_size=tuple(size), mean=tuple(config["mean"]), std=tuple(config["std"]), **crop)
+    if len(ours.mean) != teacher.grid.channels:
+        ours = dataclasses.replace(ours, mean=teacher.preprocessing.mean, std=teacher.preprocessing.std)
+    with torch.no_grad():
+        try:
+            said = model.eval()(torch.zeros(2, *ours.input_size))
+        except Exception as error:  # models fail in their own ways
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(f"--student {name} takes no images of {size[1]} x {size[2]} px ({reason})") from None
+    if said.shape != (2, teacher.classes):
+        raise UserError(
+            f"--student {name} gives {tuple(said.shape[1:])} numbers an image, not {teacher.classes} logits"
+        )
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": ours.input_size, "num_classes": teacher.classes}
+    grid, architecture = teacher.grid, (model.pretrained_cfg.get("architecture", base), args)
+    return WholeStudent(name, model, ours, teacher.preprocessing, grid, architecture)
+
+
+def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> None:
+    """Give a model the weights in a file, all but a head of other classes. Raises `UserError` where they do not fit."""
+    state = read_weights(user_path(path, "--student_path"), key, "--student_weights_key")
+    converted = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if converted is not None:
+        with explained(name, "--student_path"):
+            state = converted(state, model)
+    own = model.state_dict()
+    heads = {id(parameter) for parameter in classifier_parameters(model)}
+    head = {key for key, parameter in model.named_parameters() if id(parameter) in heads}
+    state = {key: value for key, value in state.items() if key not in head or value.shape == own[key].shape}
+    missing, extra = sorted(own.keys() - state.keys() - head), sorted(state.keys() - own.keys() - head)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    differ = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    for kind, keys in (("missing ", missing), ("unexpected ", extra), ("of another shape ", differ)):
+        if keys:
+            raise UserError(f"the weights in {path} do not fit {name}: {kind}{keys[0]} ({len(keys)} such)")
+    model.load_state_dict(state, strict=False)
+
+
+def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of a timm model's last layer, or layers."""
+    found = model.get_classifier()
+    layers = found if isinstance(found, tuple | list) else (found,)
+    return [parameter for layer in layers for parameter in layer.parameters()]
