@@ -23,12 +23,15 @@ def class_attention(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Ten
 
 
 def attention_rollout(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:
-    """The class token's row of the product over blocks of (A + I) / 2 (Abnar and Zuidema, ACL 2020)."""
+    """The class token's row of the product over blocks of (A + I) / 2 (Abnar and Zuidema, ACL 2020).
+
+    A token that a later block puts in front of the others has until then seen itself alone.
+    """
     rolled = None
     for weights in vit.attention_weights(*_fed(vit, canvas)):
         mixed = (weights.float() + torch.eye(weights.shape[-1], device=weights.device)) / 2
-        rolled = mixed if rolled is None else mixed @ rolled
-    return rolled[:, 0, vit.prefix_tokens :]
+        rolled = mixed if rolled is None else mixed @ _with_tokens_in_front(rolled, mixed.shape[-1])
+    return rolled[:, 0, vit.head.prefix_tokens :]
 
 
 def gradient_size(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ def gradient_size(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tenso
 
 def attention_of_all(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:
     """What all tokens of the last block give each patch, mean over tokens and heads."""
-    return vit.attention_weights(*_fed(vit, canvas), last_only=True)[0].mean(dim=1)[:, vit.prefix_tokens :]
+    return vit.attention_weights(*_fed(vit, canvas), last_only=True)[0].mean(dim=1)[:, vit.head.prefix_tokens :]
 
 
 def attention_of_pool(vit: SparseViT, canvas: PatchCanvas, targets: Tensor) -> Tensor:
@@ -78,6 +81,15 @@ def require_ranking(importance: str, vit: SparseViT, name: str) -> None:
             f"{name} has {lacking}, so --importance {importance} cannot rank its patches; "
             f"give --importance {usual(vit)} or gradient, or --strategy dense"
         )
+
+
+def _with_tokens_in_front(weights: Tensor, tokens: int) -> Tensor:
+    """Weights (B, T, T) as of so many tokens (B, T', T'), those in front reading themselves alone."""
+    more = tokens - weights.shape[-1]
+    if not more:
+        return weights
+    front = torch.eye(tokens, device=weights.device)[:more].expand(len(weights), -1, -1)
+    return torch.cat([front, F.pad(weights, (more, 0))], dim=1)
 
 
 def _dtype(vit: SparseViT) -> torch.dtype:

@@ -19,7 +19,7 @@ PADDED_MULTIPLE = 2 if "amx_bf16" in bfloat16_units() else 1
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """softmax(scale * q k^T + bias) v for queries, keys and values of shape (B, heads, T, head_dim).
 
-    `bias` (B, heads, Q, T), or (1, heads, Q, T).
+    The values' head_dim may be another one. `bias` (B, heads, Q, T), or (1, heads, Q, T).
     """
     learns = bias is not None and bias.requires_grad
     if q.device.type == "cpu" and q.requires_grad and not learns:
@@ -68,7 +68,7 @@ class _WrittenOut(torch.autograd.Function):
         padded = [pad_tokens(x.flatten(0, 1)) for x in (q, k, v)]
         weights, out = attend(*padded, k.shape[-2], bias)
         ctx.save_for_backward(weights, *padded)
-        return out[:, : q.shape[-2]].reshape(q.shape)
+        return out[:, : q.shape[-2]].unflatten(0, q.shape[:2])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.positions import Position
 
+MLP_INPUTS = ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
+"""Names of the layers that read what an MLP reads."""
+
 
 class BlockOutput(NamedTuple):
     """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection.
@@ -33,12 +36,13 @@ class SparseBlock(nn.Module):
     """One transformer block.
 
     `tap_*` are identities on tensors that are no module's input; a caller may put its own modules there. `plain`: by
-    stock kernels and autograd alone.
+    stock kernels and autograd alone. `norms`: names of those that read the stream; `sources`: of the layers that make
+    queries, keys and values; `signed_probs`: whether what multiplies the values may be negative.
 
     Args:
         heads: of the attention.
         scale: of its scores.
-        qkv: tokens -> queries, keys and values, side by side.
+        qkv: tokens -> queries, keys and values, side by side; None where `sources` are others.
         proj: the attention's output -> tokens.
         mlp: tokens -> tokens.
         norm1: what the attention reads is normalized by; nothing of a post-norm block. `norm2`: the same of the MLP.
@@ -51,13 +55,16 @@ class SparseBlock(nn.Module):
     """
 
     plain = False
+    norms: tuple[str, ...] = ("norm1", "norm2")
+    sources: tuple[str, ...] = ("qkv",)
+    signed_probs = False
 
     def __init__(
         self,
         *,
         heads: int,
         scale: float,
-        qkv: nn.Linear,
+        qkv: nn.Linear | None,
         proj: nn.Linear,
         mlp: nn.Module,
         norm1: nn.Module | None = None,
@@ -82,6 +89,11 @@ class SparseBlock(nn.Module):
         self.tap_attn_sum, self.tap_mlp_sum = nn.Identity(), nn.Identity()
 
     @property
+    def score_heads(self) -> int:
+        """How many heads queries and keys have, and so the scores."""
+        return self.heads
+
+    @property
     def hidden(self) -> int:
         """Width of the widest layer of the MLP."""
         return max(layer.out_features for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
@@ -89,7 +101,7 @@ class SparseBlock(nn.Module):
     @property
     def readers(self) -> dict[str, tuple[str, ...]]:
         """The norms whose output only linear layers read, and these layers, by their names in the block."""
-        found = {"norm1": ("qkv", "gate"), "norm2": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")}
+        found = {"norm1": (*self.sources, "gate"), "norm2": MLP_INPUTS}
         return {norm: named_layers(self, layers) for norm, layers in found.items() if self.normalizes(norm)}
 
     @property
@@ -98,14 +110,21 @@ class SparseBlock(nn.Module):
         found = {"proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}
         return {layer: names for layer, names in found.items() if self.normalizes(names[0])}
 
+    def projection(self, part: int) -> tuple[nn.Linear, slice]:
+        """The layer that makes queries (0), keys (1) or values (2), and which of its outputs they are."""
+        layers = [getattr(self, name) for name in self.sources]
+        if len(layers) > 1:
+            return layers[part], slice(None)
+        size = layers[0].out_features // 3
+        return layers[0], slice(part * size, (part + 1) * size)
+
     def normalizes(self, norm: str) -> bool:
         """Whether there is a norm of this name."""
         return not isinstance(getattr(self, norm), nn.Identity)
 
     def taps(self) -> tuple[nn.Module, ...]:
-        """The taps, in the order of the forward pass."""
-        before = self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs
-        return *before, self.tap_attn_sum, self.tap_mlp_sum
+        """The taps."""
+        return tuple(module for name, module in self.named_children() if name.startswith("tap_"))
 
     def forward(
         self, x: Tensor, queries: int | None = None, return_attended: bool = False, where: Tensor | None = None
@@ -118,18 +137,19 @@ class SparseBlock(nn.Module):
             return_attended: whether the attention's output is wanted as well.
             where: what `SparseViT.where` says of their positions.
         """
-        y = self.norm1(x)
-        out = (
-            self._attention_of_few(y, queries)
-            if queries is not None and self._folds()
-            else self._attention(y, queries, where)
-        )
-        out = attended = self.attn_norm(out)
-        if self.gate is not None:
-            out = out * self.gate(y[:, :queries]).sigmoid()
-        x = self.tap_attn_sum(x[:, :queries] + self.ls1(self.proj(out)))
-        x = self.tap_mlp_sum(x + self.ls2(self.mlp(self.norm2(x))))
+        change, attended = self.attention_change(x, queries, where)
+        x = self.tap_attn_sum(x[:, :queries] + change)
+        x = self.tap_mlp_sum(x + self.mlp_change(x))
         return BlockOutput(x, attended if return_attended else None)
+
+    def attention_change(self, x: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and its output, not projected."""
+        out, attended = self._attended(self.norm1(x), queries, where)
+        return self.ls1(self.proj(out)), attended
+
+    def mlp_change(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> what the MLP adds to them."""
+        return self.ls2(self.mlp(self.norm2(x)))
 
     def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) -> what each of the first Q gives each token (B, Q, T), mean over heads."""
@@ -143,17 +163,27 @@ class SparseBlock(nn.Module):
         gate = 0 if self.gate is None else self.gate.weight.numel()
         if queries < tokens and self._folds():
             return 2 * queries * (4 * inner * width + mlp + gate), 4 * queries * tokens * self.heads * width
-        layers = tokens * self.qkv.weight.numel() + queries * (inner * width + mlp + gate)
+        sources = sum(getattr(self, name).weight.numel() for name in self.sources)
+        layers = tokens * sources + queries * (inner * width + mlp + gate)
         return 2 * layers, 4 * queries * tokens * inner
 
     def largest(self, tokens: int) -> int:
         """Numbers in the largest tensor of the forward pass of one image."""
-        return tokens * max(self.heads * tokens, self.hidden)
+        return tokens * max(self.score_heads * tokens, self.hidden)
 
     def saved(self, tokens: int, pairs: bool) -> int:
         """About how many numbers are kept for the gradient to the tokens of one image; `pairs`: scores among them."""
-        of_pairs = self.heads * tokens * (pairs + self.position.biases)
+        of_pairs = self.score_heads * tokens * (pairs + self.position.biases)
         return tokens * (5 * self.proj.out_features + self.hidden + of_pairs)
+
+    def _attended(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and the same without the gate."""
+        few = queries is not None and self._folds()
+        out = self._attention_of_few(y, queries) if few else self._attention(y, queries, where)
+        out = attended = self.attn_norm(out)
+        if self.gate is not None:
+            out = out * self.gate(y[:, :queries]).sigmoid()
+        return out, attended
 
     def _qkv(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> queries (B, heads, Q, head_dim), keys and values (B, heads, T, head_dim)."""
@@ -186,15 +216,18 @@ class SparseBlock(nn.Module):
         """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
         between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs)
         identities = all(type(module) is nn.Identity for module in between) and type(self.position) is Position
-        return identities and type(self.qkv) is nn.Linear and not self.plain
+        linear = all(type(getattr(self, name)) is nn.Linear for name in self.sources)
+        return identities and linear and not self.plain
 
     def _attention_of_few(self, y: Tensor, queries: int) -> Tensor:
         """As `_attention`, without a key or value of any token: q (W y) = (q W) y, and sum a (W y) = W (sum a y).
 
         A key's bias adds the same to every score of a query, which the softmax does not see.
         """
-        q_weight, k_weight, v_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1)).unbind(0)
-        q_bias, v_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))[::2]
+        parts = [self.projection(part) for part in range(3)]
+        weights = [layer.weight[rows].unflatten(0, (self.heads, -1)) for layer, rows in parts]
+        q_bias, _, v_bias = (None if layer.bias is None else layer.bias[rows] for layer, rows in parts)
+        q_weight, k_weight, v_weight = weights
         q = F.linear(y[:, :queries], q_weight.flatten(0, 1), q_bias).unflatten(-1, (self.heads, -1))
         asked = torch.einsum("bqhd,hdw->bqhw", q * self.scale, k_weight).flatten(1, 2)
         weights = (asked @ y.transpose(1, 2)).softmax(dim=-1)
@@ -253,6 +286,20 @@ def joined_linear(layers: Sequence[nn.Linear], biases: Sequence[Tensor | None] |
         size = joined.out_features // len(biases)
         joined.bias = biases[0] if len(biases) == 1 else _together(biases, size)
     return joined
+
+
+def part_of_linear(
+    layer: nn.Linear, rows: slice = slice(None), columns: slice = slice(None), bias: nn.Parameter | None = None
+) -> nn.Linear:
+    """A linear layer of some outputs (`rows`) and inputs (`columns`) of one, whose weights are views of that one's.
+
+    `bias`: its own (rows,), a parameter, or None.
+    """
+    weight = layer.weight.detach()[rows, columns]
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    part.weight = nn.Parameter(weight, layer.weight.requires_grad)
+    part.bias = bias
+    return part
 
 
 def _together(parts: Sequence[Tensor | None], size: int | None = None) -> nn.Parameter:

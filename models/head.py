@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
@@ -58,6 +59,21 @@ class Head(nn.Module):
         scores = pool.scale * pool.q_norm(q) @ pool.k_norm(k).transpose(-2, -1)
         skipped = self.prefix_tokens if self.include_prefix else 0
         return scores.softmax(dim=-1).mean(dim=(1, 2))[:, skipped:]
+
+    def flops(self, tokens: int) -> tuple[int, int]:
+        """Operations in the layers, and between tokens, for one image of so many tokens."""
+        layers, attention, pool = self.head.weight.numel(), 0, self.attn_pool
+        if self.head_dist is not None:
+            layers += self.head_dist.weight.numel()
+        read = tokens if self.include_prefix else tokens - self.prefix_tokens
+        if isinstance(pool, AttentionPoolLatent):
+            inside = sum(layer.weight.numel() for layer in pool.modules() if isinstance(layer, nn.Linear))
+            of_tokens = pool.kv.weight.numel()
+            layers += read * of_tokens + pool.latent_len * (inside - of_tokens)
+            attention = pool.latent_len * read * pool.kv.in_features
+        elif pool is not None:  # tokens ask each other, without layers
+            attention = read * read * self.head.in_features
+        return 2 * layers, 4 * attention
 
     def classify(self, features: Tensor) -> Tensor:
         """Features -> logits (B, classes)."""

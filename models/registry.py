@@ -129,7 +129,7 @@ class LoadedModel:
 
     def sparse(self, device: torch.device | str = "cpu") -> SparseViT:
         """The model on kept patches, on `device`; it shares its weights with `vit`, which moves along."""
-        return SparseViT(self.vit.to(device))
+        return SparseViT(self.vit.to(device))  # moved first: some of its weights are views of those of `vit`
 
     def fingerprint(self) -> str:
         """SHA-256 of architecture and weights, first 16 hex digits: what makes two models the same."""

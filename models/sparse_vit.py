@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from models.blocks import SparseBlock
 from models.families import FAMILIES, family_of
 from models.patches import PatchGrid
 from utils.errors import UserError
@@ -89,8 +90,9 @@ class SparseViT(nn.Module):
 
     def plainly(self) -> SparseViT:
         """Itself, from now on by stock kernels and autograd alone: what is fast is held against it."""
-        for block in self.blocks:
-            block.plain = True
+        for module in self.modules():
+            if isinstance(module, SparseBlock):
+                module.plain = True
         return self
 
     @property
@@ -194,8 +196,8 @@ class SparseViT(nn.Module):
     def _flops(self, patches: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of a forward pass of one image."""
         width, tokens = self.patch_proj.out_features, patches + self.prefix_tokens
-        classifier = self.head.head.in_features * self.num_classes
-        layers, attention = 2 * (patches * self.grid.pixels * width + classifier), 0
+        layers, attention = self.head.flops(tokens)
+        layers += 2 * patches * self.grid.pixels * width
         for block in self.blocks:
             few = self.last_queries if block is self.blocks[-1] else None
             in_layers, between_tokens = block.flops(tokens, tokens if few is None else few)

@@ -491,13 +491,18 @@ def _of_timm(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{file} is of a {type(vit).__name__}, which is no VisionTransformer of timm")
     advice = f"; its own is --model local-dir:{file.parent}"
-    return {"config": config, "norm_eps": getattr(vit.blocks[0].norm1, "eps", None), "advice": advice, **_traits(vit)}
+    return {"config": config, "norm_eps": _first(vit.blocks, "eps"), "advice": advice, **_traits(vit)}
 
 
 def _traits(vit: VisionTransformer) -> dict[str, Any]:
     """What changes logits and no shape, by the names of the fields of `Weights`."""
-    block = vit.blocks[0]
-    return {"heads": block.attn.num_heads, "activation": str(block.mlp.act), "pooling": vit.global_pool}
+    activation = next((str(module) for name, module in vit.blocks.named_modules() if name.endswith("act")), None)
+    return {"heads": _first(vit.blocks, "num_heads"), "activation": activation, "pooling": vit.global_pool}
+
+
+def _first(blocks: nn.Module, attribute: str) -> Any:
+    """What the first module of the blocks that has it has of this name; None where none has."""
+    return next((getattr(module, attribute) for module in blocks.modules() if hasattr(module, attribute)), None)
 
 
 def _of_transformers(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:

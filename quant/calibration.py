@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import torch
 from torch import Tensor
@@ -78,13 +77,6 @@ def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
     chosen = config.resolved(rotates=bool(parts))
     if chosen.rotate and not parts:
         raise UserError(f"--rotate: nothing of this model can be rotated: {'; '.join(parts.refused())}")
-    if OBSERVERS[chosen.observer].reparameterize:
-        try:
-            norm_sites(vit)
-        except UserError:
-            if config.observer != "auto":
-                raise
-            chosen = dataclasses.replace(chosen, observer="mse")
     chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
     return chosen
 
@@ -150,13 +142,16 @@ def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tup
 def _reparameterized(
     vit: SparseViT, images: SparseImages, config: QuantConfig
 ) -> tuple[SparseViT, dict[str, tuple[Tensor, Tensor]]]:
-    """A copy of `vit` with the outputs of its norms on one scale, and the scale and zero point of each reader."""
+    """A copy of `vit` with the outputs of its norms on one scale, and what is known of its readers' quantizers.
+
+    That is scale and zero point, by name.
+    """
     vit, method = copy.deepcopy(vit), OBSERVERS[config.method]
     widths = config.widths(list(places(vit, method)), len(vit.blocks))
     sites, observing, hooks = norm_sites(vit), [], []
     for site in sites:
         norm = vit.get_submodule(site.norm)
-        observer = method.observer(widths[site.readers[0]][1], norm.normalized_shape[-1])
+        observer = method.observer(widths[site.readers[0]][1], len(norm.weight))
         hooks.append(norm.register_forward_hook(lambda _, __, out, observer=observer: observer.observe(out)))
         observing.append(observer)
     _observe(vit, observing, images, config.batch_size)
@@ -164,9 +159,10 @@ def _reparameterized(
         hook.remove()
     fixed = {}
     for site, observer in zip(sites, observing, strict=True):
-        scale, zero_point = reparameterize(vit, site, *observer.range(), observer.bits, config.symmetric)
-        # A reader of another width, which --keep can ask for, is observed like any other tensor.
-        fixed |= {name: (scale, zero_point) for name in site.readers if widths[name][1] == observer.bits}
+        known = reparameterize(vit, site, *observer.range(), observer.bits, config.symmetric)
+        if known is not None:
+            # A reader of another width, which --keep can ask for, is observed like any other tensor.
+            fixed |= {name: known for name in site.readers if widths[name][1] == observer.bits}
     return vit, fixed
 
 

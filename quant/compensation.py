@@ -114,12 +114,18 @@ def _moments(stage: Stage, reference: SparseViT, quantized: SparseViT, name: str
 
 
 def _stream(vit: SparseViT, name: str) -> str | None:
-    """The norm that reads the residual stream which this layer's output is added to as it is."""
+    """The norm that reads the residual stream which this layer's output is added to as it is.
+
+    Where several layers write behind one norm, the last of them alone answers for the stream.
+    """
     block, _, leaf = name.partition(".")[2].partition(".")
     if not name.startswith("blocks."):
         return None
-    norm, behind = vit.blocks[int(block)].writers.get(leaf, (None, None))
-    if norm is None or not isinstance(getattr(vit.blocks[int(block)], behind), nn.Identity):
+    writers = vit.blocks[int(block)].writers
+    norm, behind = writers.get(leaf, (None, None))
+    if norm is None or leaf != [layer for layer, (other, _) in writers.items() if other == norm][-1]:
+        return None
+    if not isinstance(vit.blocks[int(block)].get_submodule(behind), nn.Identity):
         return None
     return f"blocks.{block}.{norm}"
 

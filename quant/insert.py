@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import SparseViT
+from models.blocks import SparseBlock
 from quant.config import QuantConfig
 from quant.observers import OBSERVERS, Method, Observer
 from quant.quantizers import (
@@ -85,7 +86,7 @@ def quantized_vit(
     for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
         quantizer: nn.Module = nn.Identity()
         if a_bit < 32:
-            if method.log_probs and name.endswith("tap_probs"):
+            if method.log_probs and name.endswith("tap_probs") and not _block(vit, name).signed_probs:
                 quantizer = LogSqrt2Quantizer(a_bit, method.observer(a_bit))
             else:
                 heads = _heads(vit, name) if method.per_head else None
@@ -101,8 +102,15 @@ def quantized_vit(
 
 def _heads(vit: SparseViT, name: str) -> int | None:
     """How many heads the tensor at a tap has; None where it has none, as the input of a layer."""
-    block, _, leaf = name.rpartition(".")
-    return vit.get_submodule(block).heads if leaf in ("tap_q", "tap_k", "tap_v", "tap_probs") else None
+    leaf = name.rpartition(".")[2]
+    if leaf == "tap_v":
+        return _block(vit, name).heads
+    return _block(vit, name).score_heads if leaf in ("tap_q", "tap_k", "tap_probs") else None
+
+
+def _block(vit: SparseViT, name: str) -> SparseBlock:
+    """The block that has the tap of this name."""
+    return vit.get_submodule(name.rpartition(".")[0])
 
 
 def wrapped(vit: SparseViT) -> SparseViT:

@@ -9,36 +9,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from models import SparseViT
 from quant.observers import EPS, codes
-from utils.errors import UserError
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)
+"""A scale of the channels, and perhaps an offset, are the last that these do."""
 
 
 @dataclass(frozen=True)
 class NormSite:
-    """A layer norm and every layer that reads it, by name."""
+    """A norm and every layer that reads it, by name."""
 
     norm: str
     readers: tuple[str, ...]
 
 
 def norm_sites(vit: SparseViT) -> list[NormSite]:
-    """The norms whose output only linear layers read: both of every block, and the one before the classifier.
+    """The norms whose output only linear layers read: those of every block, and the one before the classifier.
 
-    Raises `UserError` for a norm without scale and offset, which nothing can be moved into.
+    One without a scale is none of them: nothing can be moved into it.
     """
     sites, classifiers = block_sites(vit), _named(vit, "head", "head", "head_dist")
-    if isinstance(vit.head.fc_norm, nn.LayerNorm):
+    if not isinstance(vit.head.fc_norm, nn.Identity):
         sites.append(NormSite("head.fc_norm", classifiers))
     elif vit.head.attn_pool is None and vit.head.pool_type == "token":  # else it reads what the norm did not put out
         sites.append(NormSite("norm", classifiers))
-    for site in sites:
-        norm = vit.get_submodule(site.norm)
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            raise UserError(f"--observer repq: {site.norm} is no layer norm with scale and offset; take --observer mse")
-    return sites
+    norms = [vit.get_submodule(site.norm) for site in sites]
+    return [
+        site
+        for site, norm in zip(sites, norms, strict=True)
+        if isinstance(norm, NORMS) and getattr(norm, "weight", None) is not None
+    ]
 
 
 def block_sites(vit: SparseViT) -> list[NormSite]:
@@ -52,11 +56,13 @@ def block_sites(vit: SparseViT) -> list[NormSite]:
 
 def reparameterize(
     vit: SparseViT, site: NormSite, low: Tensor, high: Tensor, bits: int, symmetric: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """Put the channels of a norm on one scale, in place; the model computes what it did (eq. 9 to 14).
 
     With s, z the scale and zero point of each channel and S, Z their means (Z = 0 if symmetric), r = s / S and
     d = s (z - Z), the norm gives (x + d) / r and its readers take r * weight and bias - weight d.
+
+    A norm without an offset cannot be shifted: d = 0, and r is the largest magnitude of each channel over their mean.
 
     Args:
         vit: the model.
@@ -67,22 +73,37 @@ def reparameterize(
         symmetric: whether its zero point is 0.
 
     Returns:
-        S and Z, the quantizer's scale () and zero point (), int32.
+        S and Z, the quantizer's scale () and zero point (), int32; None where the tensor has to be observed anew.
     """
+    norm = vit.get_submodule(site.norm)
+    if getattr(norm, "bias", None) is None:
+        magnitudes = torch.maximum(low.abs(), high.abs()).clamp(min=EPS)
+        _rescale(vit, site, magnitudes / magnitudes.mean())
+        return None
     lowest, highest = codes(bits, symmetric)
     scales = ((high - low) / (highest - lowest)).clamp(min=EPS)
     scale = scales.mean()
     zero_point = scale.new_zeros(()) if symmetric else (-low / scales).mean().round().clamp(lowest, highest)
-    ratio, shift = scales / scale, (lowest - zero_point) * scales - low
-    norm = vit.get_submodule(site.norm)
-    norm.weight.data, norm.bias.data = norm.weight / ratio, (norm.bias + shift) / ratio
+    shift = (lowest - zero_point) * scales - low
+    norm.bias.data = norm.bias + shift
     for reader in site.readers:
         layer = vit.get_submodule(reader)
         moved = layer.weight @ shift
         bias = -moved if layer.bias is None else layer.bias - moved
         layer.bias = nn.Parameter(bias, requires_grad=False)
-        layer.weight.data = layer.weight * ratio
+    _rescale(vit, site, scales / scale)
     return scale, zero_point.to(torch.int32)
+
+
+def _rescale(vit: SparseViT, site: NormSite, ratio: Tensor) -> None:
+    """Divide what a norm puts out by `ratio` (D,), and make up for it in the layers that read it."""
+    norm = vit.get_submodule(site.norm)
+    norm.weight.data = norm.weight / ratio
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data = norm.bias / ratio
+    for reader in site.readers:
+        layer = vit.get_submodule(reader)
+        layer.weight.data = layer.weight * ratio
 
 
 def _named(vit: SparseViT, parent: str, *names: str) -> tuple[str, ...]:

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerScale, RmsNorm
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from models import SparseViT
 from models.blocks import SparseBlock
-from quant.reparameterization import block_sites
+from quant.reparameterization import NORMS, block_sites
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)
 LINEAR_POOLING = ("token", "avg")
 
 
@@ -53,7 +52,7 @@ def rotations(vit: SparseViT) -> Rotations:
 
 def _stream(vit: SparseViT) -> str | None:
     """What stands between the residual stream and the layers that write or read it."""
-    if len({vit.patch_proj.out_features, *(block.proj.out_features for block in vit.blocks)}) > 1:
+    if len({vit.patch_proj.out_features, *(block.proj.out_features for block in _attentions(vit))}) > 1:
         return "its width is not the same in all blocks"
     for name in ("patch_norm", "norm_pre"):
         if not isinstance(getattr(vit, name), nn.Identity):
@@ -61,10 +60,12 @@ def _stream(vit: SparseViT) -> str | None:
     for name, norm in _norms(vit):
         if not isinstance(norm, (*NORMS, nn.Identity)):
             return f"{name} is a {type(norm).__name__}"
-    for block in vit.blocks:
+    for block in _attentions(vit):
         for scale in (block.ls1, block.ls2):
             if not isinstance(scale, LayerScale | nn.Identity):
-                return f"a block scales its output by a {type(scale).__name__}"
+                return f"a {type(scale).__name__} scales the channels that a block adds to it"
+        if not all(norm in block.readers for norm in block.norms):
+            return "a block reads it without a norm"
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"the MLP is a {type(block.mlp).__name__}"
     pool, norms = vit.head.attn_pool, (vit.norm, vit.head.fc_norm)
@@ -78,17 +79,22 @@ def _stream(vit: SparseViT) -> str | None:
 
 
 def _between_scores(vit: SparseViT) -> str | None:
-    if any(block.position.turns for block in vit.blocks):
+    if any(block.position.turns for block in _attentions(vit)):
         return "they are turned by where their tokens are"
-    plain = all(isinstance(norm, nn.Identity) for block in vit.blocks for norm in (block.q_norm, block.k_norm))
-    return None if plain else "they are normalized"
+    norms = [norm for block in _attentions(vit) for norm in (block.q_norm, block.k_norm)]
+    return None if all(isinstance(norm, nn.Identity) for norm in norms) else "they are normalized"
 
 
 def _between_values(vit: SparseViT) -> str | None:
-    if any(block.gate is not None for block in vit.blocks):
+    if any(block.gate is not None for block in _attentions(vit)):
         return "a gate multiplies them channel by channel"
-    plain = all(isinstance(block.attn_norm, nn.Identity) for block in vit.blocks)
+    plain = all(isinstance(block.attn_norm, nn.Identity) for block in _attentions(vit))
     return None if plain else "they are normalized before the projection"
+
+
+def _attentions(vit: SparseViT) -> list[SparseBlock]:
+    """Everything that has an attention and an MLP: the blocks, or the branches of a block that has several."""
+    return [module for module in vit.blocks.modules() if isinstance(module, SparseBlock)]
 
 
 def _norms(vit: SparseViT) -> Iterator[tuple[str, nn.Module]]:
@@ -112,10 +118,13 @@ def rotated(vit: SparseViT, seed: int = 0) -> SparseViT:
     generator = torch.Generator().manual_seed(seed)
     if parts.stream is None:
         _rotate_stream(vit, orthogonal(vit.patch_proj.out_features, generator, fixed=True).to(vit.device))
-    for block in vit.blocks:
-        width = block.proj.in_features // block.heads
-        for part, apply in (("scores", _rotate_scores), ("values", _rotate_values)):
-            matrices = torch.stack([orthogonal(width, generator) for _ in range(block.heads)]).to(vit.device)
+    for block in _attentions(vit):
+        for part, heads, apply in (
+            ("scores", block.score_heads, _rotate_scores),
+            ("values", block.heads, _rotate_values),
+        ):
+            width = block.proj.in_features // heads
+            matrices = torch.stack([orthogonal(width, generator) for _ in range(heads)]).to(vit.device)
             if getattr(parts, part) is None:
                 apply(block, matrices)
     return vit
@@ -124,7 +133,7 @@ def rotated(vit: SparseViT, seed: int = 0) -> SparseViT:
 def without_scales(vit: SparseViT) -> SparseViT:
     """Itself, without the LayerScales that rotation puts into the layers in front of them."""
     if rotations(vit).stream is None:
-        for block in vit.blocks:
+        for block in _attentions(vit):
             block.ls1, block.ls2 = nn.Identity(), nn.Identity()
     return vit
 
@@ -151,15 +160,17 @@ def _rotate_stream(vit: SparseViT, matrix: Tensor) -> None:
     fc_norm = head.fc_norm if head.attn_pool is None and head.head_dist is None else nn.Identity()
     _fold_norm(vit.norm if isinstance(fc_norm, nn.Identity) else fc_norm, classifiers, matrix)
     for block in vit.blocks:
-        for layer, scale in ((block.proj, block.ls1), (block.mlp.fc2, block.ls2)):
-            gamma = getattr(scale, "gamma", None)
+        for name, (_, scale) in block.writers.items():
+            layer, gamma = block.get_submodule(name), getattr(block.get_submodule(scale), "gamma", None)
             _write(layer, matrix if gamma is None else matrix * gamma.double())
     without_scales(vit)
     _write(vit.patch_proj, matrix)
-    for name in ("cls_token", "other_tokens", "pos_embed"):
-        token = getattr(vit, name)
+    tokens = [(vit, name) for name in ("cls_token", "other_tokens", "pos_embed")]
+    # A block may put a token in front of what it reads.
+    for owner, name in (*tokens, *((block, "cls_token") for block in vit.blocks)):
+        token = getattr(owner, name, None)
         if token is not None:
-            setattr(vit, name, nn.Parameter((token.double() @ matrix.T).to(token.dtype), requires_grad=False))
+            setattr(owner, name, nn.Parameter((token.double() @ matrix.T).to(token.dtype), requires_grad=False))
 
 
 def _fold_norm(norm: nn.Module, layers: list[nn.Linear], matrix: Tensor) -> None:
@@ -184,24 +195,26 @@ def _write(layer: nn.Linear, matrix: Tensor) -> None:
 
 
 def _rotate_scores(block: SparseBlock, matrices: Tensor) -> None:
-    for third in (0, 1):
-        _rotate_third(block, third, matrices)
+    for part in (0, 1):
+        _rotate_part(block, part, matrices)
 
 
 def _rotate_values(block: SparseBlock, matrices: Tensor) -> None:
-    _rotate_third(block, 2, matrices)
+    _rotate_part(block, 2, matrices)
     weight = block.proj.weight.double().unflatten(1, (block.heads, -1))
     _set(block.proj, weight=torch.einsum("ohw,hvw->ohv", weight, matrices).flatten(1))
 
 
-def _rotate_third(block: SparseBlock, third: int, matrices: Tensor) -> None:
+def _rotate_part(block: SparseBlock, part: int, matrices: Tensor) -> None:
     """Queries (0), keys (1) or values (2), each head times its matrix (heads, head_dim, head_dim)."""
+    layer, rows = block.projection(part)
     for name in ("weight", "bias"):
-        value = getattr(block.qkv, name)
+        value = getattr(layer, name)
         if value is not None:
-            parts = value.double().unflatten(0, (3, block.heads, -1)).clone()
-            parts[third] = torch.einsum("hvw,hw...->hv...", matrices, parts[third])
-            _set(block.qkv, **{name: parts.flatten(0, 2)})
+            value = value.double().clone()
+            of_heads = value[rows].unflatten(0, (len(matrices), -1))
+            value[rows] = torch.einsum("hvw,hw...->hv...", matrices, of_heads).flatten(0, 1)
+            _set(layer, **{name: value})
 
 
 def _set(layer: nn.Linear, **values: Tensor) -> None:

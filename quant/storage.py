@@ -183,7 +183,7 @@ def _digest(vit: SparseViT, images: SparseImages, model: LoadedModel, config: Qu
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().numpy())
     root = Path(__file__).parents[1]
-    for file in sorted((*root.glob("quant/*.py"), *root.glob("models/*.py"))):
+    for file in sorted((*root.glob("quant/*.py"), *root.glob("models/**/*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

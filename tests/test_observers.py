@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
-from quant import QuantConfig, fitting, quantize
+from quant import QuantConfig, quantize
 from quant.calibration import calibrated
 from quant.insert import quantizers
 from quant.observers import OBSERVERS, MSEObserver, PercentileObserver
@@ -260,15 +260,34 @@ def test_what_cannot_go_together_is_refused(vit, images, arguments, why):
         quantize(vit, images, QuantConfig(**arguments))
 
 
-def test_reparameterization_needs_norms_with_scale_and_offset(vit, images):
-    vit.blocks[1].norm2 = nn.RMSNorm(32)
-    with pytest.raises(UserError, match=r"repq.*blocks\.1\.norm2"):
-        quantize(vit, images, QuantConfig(4, 4, "repq"))
-    plain = {"rotate": False, "compensate": False, "fill": False}
-    assert fitting(vit, QuantConfig(4, 4, "auto", **plain)).observer == "mse"
-    configs = (QuantConfig(4, 4, "auto", **plain), QuantConfig(4, 4, "mse"))
-    chosen, asked = (quantize(vit, images, config) for config in configs)
-    assert torch.equal(chosen(images.patches, images.positions).logits, asked(images.patches, images.positions).logits)
+@pytest.mark.parametrize("norm", [nn.RMSNorm(32), nn.LayerNorm(32, bias=False)], ids=["RMS", "no offset"])
+def test_a_norm_without_offset_gets_a_scale_alone(vit, images, norm):
+    """Its channels differ a thousandfold; one range for the tensor then holds them all as well as each its own."""
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    norm.weight.data[:4] *= 1000
+    vit.blocks[1].norm2 = norm
+    for layer in (vit.blocks[1].mlp.fc1, vit.blocks[1].mlp.fc2):
+        nn.init.normal_(layer.weight, std=0.3)
+    vit.blocks[1].mlp.fc1.weight.data[:, :4] /= 1000
+    with torch.no_grad():
+        wanted = vit(images.patches, images.positions).logits
+        found = {name: quantize(vit, images, QuantConfig(32, 8, name)) for name in ("mse", "repq")}
+        errors = {name: (each(images.patches, images.positions).logits - wanted).norm() for name, each in found.items()}
+        reference, _ = calibrated(vit, images, QuantConfig(32, 8, "repq"))
+        torch.testing.assert_close(reference(images.patches, images.positions).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert errors["repq"] < 0.1 * min(wanted.norm(), errors["mse"])
+
+
+def test_a_norm_without_scale_is_observed_like_any_other_tensor(vit, images):
+    vit.blocks[1].norm2 = nn.LayerNorm(32, elementwise_affine=False)
+    _, quantized = calibrated(vit, images, QuantConfig(8, 8, "repq"))
+    seen = []
+    vit.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        wanted, found = (each(images.patches, images.positions).logits for each in (vit, quantized))
+    quantizer = quantized.blocks[1].mlp.fc1.quantizer
+    assert quantizer.scale.item() == pytest.approx((seen[0].max() - seen[0].min()).item() / 255, rel=0.2)
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_classifier_behind_a_mean_gets_the_range_of_the_mean(images):

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Attention, Block
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,13 +107,23 @@ def test_mirrored_reads_patches_with_their_columns_reversed():
     torch.testing.assert_close(got, expected)
 
 
+class OtherBlock(Block):
+    """Nothing that is known."""
+
+
+class OtherAttention(Attention):
+    """Nothing that is known."""
+
+
 REFUSED = [
     ("resnet18", {}, "ResNet"),
     ("vit_tiny_patch16_224", {"num_classes": 0}, "head"),
     ("vit_tiny_patch16_224", {"img_size": 72}, "multiple"),
     ("vit_tiny_r_s16_p8_224", {}, "embedded"),
-    ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
-    ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "Attention"),
+    ("vit_tiny_patch16_224", {"block_fn": OtherBlock}, "OtherBlock"),
+    ("vit_tiny_patch16_224", {"attn_layer": OtherAttention}, "OtherAttention"),
+    ("cait_xxs24_224", {"attn_block": OtherAttention}, "LayerScaleBlock of OtherAttention"),
+    ("cait_xxs24_224", {"depth_token_only": 0}, "no class-attention blocks"),
     ("vit_tiny_patch16_224", {"global_pool": ""}, "pooling"),
 ]
 

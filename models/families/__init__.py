@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.families import beit, eva, relpos, swin, vision_transformer
+from models.families import beit, cait, eva, relpos, swin, vision_transformer
 from models.families.base import Family
 
-FAMILIES: tuple[Family, ...] = (vision_transformer, eva, beit, relpos, swin)
+FAMILIES: tuple[Family, ...] = (vision_transformer, eva, beit, relpos, swin, cait)
 
 
 def family_of(vit: nn.Module) -> Family | None:
