@@ -160,7 +160,7 @@ def check(found: Sequence[Architecture]) -> bool:
             continue
         results = dict(checked(vit))
         rows.append([name, same, *results.values()])
-        failures += [f"{name}: {key}: {result.why or result}" for key, result in results.items() if not result.held]
+        failures += [f"{name}: {key}: {result}" for key, result in results.items() if not result.held]
     print(table(["model", "like it", *CHECKS], rows))
     print("\n".join(["", *failures, f"{len(rows)} kinds of models, {len(failures)} failures"]))
     return not failures
