@@ -60,19 +60,19 @@ class Case:
 
     @cached_property
     def sparse(self) -> SparseViT:
+        """The model on kept patches."""
         return SparseViT(self.vit).requires_grad_(False)
 
     @cached_property
     def images(self) -> Tensor:
+        """Noise, (`IMAGES`, C, H, W)."""
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(IMAGES, *self.input_size, generator=generator)
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        return self.sparse.grid.channels, *self.sparse.grid.image_size
+        grid = self.sparse.grid
+        return torch.randn(IMAGES, grid.channels, *grid.image_size, generator=generator)
 
     @cached_property
     def quantized(self) -> SparseViT:
+        """The model at W8/A8."""
         images = SparseImages.whole(self.sparse.grid, self.images, torch.zeros(IMAGES, dtype=torch.long))
         return quantize(self.sparse, images, QuantConfig(8, 8, "mse"))
 
