@@ -25,6 +25,7 @@ from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 
 from models.sparse_vit import require_supported
 from utils.cli import Parser
@@ -129,7 +130,7 @@ def with_table(page: str, text: str, file: Path) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def kinds(found: Sequence[Architecture]) -> Iterator[tuple[str, int, object]]:
+def kinds(found: Sequence[Architecture]) -> Iterator[tuple[str, int, nn.Module | str]]:
     """A small model of every kind among those that are accepted, or in words why there is none, and how many are so."""
     from scripts.model_checks import kind, small_model
 
@@ -160,7 +161,7 @@ def check(found: Sequence[Architecture]) -> bool:
             continue
         results = dict(checked(vit))
         rows.append([name, same, *results.values()])
-        failures += [f"{name}: {key}: {result.why or result}" for key, result in results.items() if not result.held]
+        failures += [f"{name}: {key}: {result}" for key, result in results.items() if not result.held]
     print(table(["model", "like it", *CHECKS], rows))
     print("\n".join(["", *failures, f"{len(rows)} kinds of models, {len(failures)} failures"]))
     return not failures

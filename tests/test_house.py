@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from inversion import PRIORS, STRATEGIES
+from models import families
 from quant import OBSERVERS
 from tests.conftest import ROOT
 from tests.import_graph import ENTRY, floors, import_graph, modules
@@ -63,7 +64,7 @@ def test_a_namespace_goes_no_further_than_parsing():
 def python_blocks() -> list:
     """Every Python example of the pages that promise to run."""
     found = []
-    for page in ("docs/api.md", "CONTRIBUTING.md"):
+    for page in ("docs/api.md", "docs/models.md", "CONTRIBUTING.md"):
         blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
         found += [pytest.param(block, id=f"{page}-{number}") for number, block in enumerate(blocks, start=1)]
     return found
@@ -74,8 +75,9 @@ def test_the_pages_have_their_examples():
 
 
 @pytest.fixture
-def tables():
+def tables(monkeypatch):
     """What examples add to the tables is taken out again."""
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES)
     before = [(table, dict(table)) for table in (PRIORS, STRATEGIES, OBSERVERS)]
     yield
     for table, rows in before:
