@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from kt.config import StudentConfig
-from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
+from models import DEFAULT_MODEL, LoadedModel, ModelConfig, PatchGrid, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
 from models.registry import save_local_dir
 from utils.errors import UserError
@@ -38,18 +38,31 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel:
         classes=teacher.classes,
         path_flag="--student_path",
     )
-    ours, theirs = (model.vit.patch_embed for model in (student, teacher))
-    if (tuple(ours.img_size), tuple(ours.patch_size)) != (tuple(theirs.img_size), tuple(theirs.patch_size)):
+    if student.grid != teacher.grid:
         raise UserError(
-            f"the student {student.name} has {ours.img_size[0]} px images in patches of {ours.patch_size[0]}, the "
-            f"teacher {teacher.name} has {theirs.img_size[0]} in patches of {theirs.patch_size[0]}; "
-            "both are fed the same patches"
+            f"the student {student.name} has {_described(student.grid)}, the teacher {teacher.name} has "
+            f"{_described(teacher.grid)}; both are fed the same patches"
         )
     student.vit.reset_classifier(teacher.classes)
-    heads = {id(p) for name in ("head", "head_dist") for p in getattr(student.vit, name, nn.Identity()).parameters()}
+    learning = {id(parameter) for part in _learning(student.vit, config.finetune) for parameter in part.parameters()}
     for parameter in student.vit.parameters():
-        parameter.requires_grad_(config.finetune == "full" or id(parameter) in heads)
+        parameter.requires_grad_(id(parameter) in learning)
     return student
+
+
+def _learning(vit: nn.Module, finetune: str) -> tuple[nn.Module, ...]:
+    """The parts of a student that learn; a distilled model has two heads."""
+    if finetune == "full":
+        return (vit,)
+    heads = vit.get_classifier()
+    return heads if isinstance(heads, tuple) else (heads,)
+
+
+def _described(grid: PatchGrid) -> str:
+    """Images and patches, for errors."""
+    height, width = grid.image_size
+    size, patch = (f"{a} px" if a == b else f"{a} x {b} px" for a, b in ((height, width), (grid.height, grid.width)))
+    return f"images of {size} and {grid.channels} channels in patches of {patch}"
 
 
 def save_student(student: LoadedModel, teacher: LoadedModel, folder: str | Path, **facts: object) -> None:

@@ -57,7 +57,8 @@ TRANSFORMERS = (
 
 TANH = str(nn.GELU("tanh"))
 ACTIVATIONS = {"gelu": str(nn.GELU()), "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH}
-"""transformers' names of activations, and how torch prints them."""
+ACTIVATIONS |= {"silu": str(nn.SiLU()), "relu": str(nn.ReLU()), "GELU()": str(nn.GELU()), "GELUTanh()": TANH}
+"""transformers' names of activations, and how timm prints its own ones, to how torch prints them."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,7 +66,7 @@ WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 
 # What transformers calls the layers of an attention and of an MLP.
 LAYERS = (
-    (r"\.attention\.((attention|self)\.)?relative_position_bias\.", ".attn."),
+    (r"(\.attention(\.attention|\.self)?)?\.relative_position_bias\.", ".attn."),
     (r"\.attention\.(?:attention|self)\.(?:(q)uery|(k)ey|(v)alue)\.", r".attn.\1\2\3_proj."),
     (r"\.attention\.([qkv])_proj\.", r".attn.\1_proj."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
@@ -86,7 +87,7 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^embeddings\.", ""),
         (r"^encoder\.(?=layers\.\d+\.(blocks|downsample)\.)", ""),
         (r"^(encoder\.)?layers?\.(\d+)\.(?!blocks\.|downsample\.)", r"blocks.\2."),
-        (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
+        (r"^(encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
         *LAYERS,
         (r"\.lambda_([12])$", r".gamma_\1"),
         (r"\.mlp\.weights_in\.", ".mlp.w12."),
@@ -290,6 +291,9 @@ def _converted(
     same = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
     fitting = {key: state[key] for key in same if key.endswith(TABLE)}
     rest = {key: value for key, value in state.items() if key not in fitting}
+    strange = [key for key in rest if key.endswith(TABLE) and key not in own]
+    if strange:
+        _raise_unfit(name, path, extra=strange)
     found = timm_filter(vit, **resampling)(dict(rest), vit)
     starts = sorted(value.data_ptr() for value in found.values())
     for key, value in rest.items():
@@ -632,7 +636,8 @@ def _block(vit: nn.Module) -> nn.Module:
 def _traits(vit: nn.Module) -> dict[str, Any]:
     """What changes logits and no shape, by the names of the fields of `Weights`."""
     block = _block(vit)
-    return {"heads": block.attn.num_heads, "activation": str(block.mlp.act), "pooling": vit.global_pool}
+    act = str(block.mlp.act)
+    return {"heads": block.attn.num_heads, "activation": ACTIVATIONS.get(act, act), "pooling": vit.global_pool}
 
 
 def _of_transformers(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
