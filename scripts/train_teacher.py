@@ -199,8 +199,8 @@ def load_data(
     kind = None if config.data == "folder" else config.data
     augment = train_transform(preprocessing, config.data, config.crop_padding, config.flip)
     data = DataConfig(config.dataset, class_order=config.class_order or "text", background=config.background)
-    train = load_split("train", kind, data, augment, Labels(classes))
-    test = load_split("test", kind, data, preprocessing.eval_transform(), Labels(classes))
+    train = load_split("train", kind, data, augment, Labels(classes), preprocessing.mode)
+    test = load_split("test", kind, data, preprocessing.eval_transform(), Labels(classes), preprocessing.mode)
     missing = [train.classes[number] for number in sorted(set(train.targets) - set(test.targets))]
     if missing:
         raise UserError(f"--dataset {config.dataset} has no test images of {listing(missing)}, which train/ has")
