@@ -23,15 +23,13 @@ from models.families import FAMILIES
 from models.formats import weights_file
 from models.patches import PatchGrid
 from models.sparse_vit import SparseViT, grid_of, require_supported
-from models.weights import Weights, check_preprocessing, load_into, read_vit, require_complete, timm_filter
+from models.weights import MODES, Weights, check_preprocessing, load_into, read_vit, require_complete, timm_filter
 from utils.cli import Number
 from utils.errors import UserError, UserNote
 from utils.files import read_json, require_fields, user_path
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's names of images with so many channels: grey, colours, colours and how opaque a pixel is."""
 LOCAL = {"architecture": str, "model_args": dict, "pretrained_cfg": dict}
 DEPTH = Number(int, 1, 1000, "each block is made")
 
@@ -216,18 +214,17 @@ def _dataset(named: NamedModel | None, vit: nn.Module) -> str | None:
 
 
 def _of_channels(what: str, values: tuple[float, ...], channels: int, name: str) -> tuple[float, ...]:
-    """A mean or deviation for each channel: as given, one for all, or of three colours their mean, as timm's loaders.
+    """A mean or deviation for each channel: as given, or of three colours their mean, as timm's loaders take it.
 
     Raises `UserError` for another number of values.
     """
-    if len(values) not in (1, 3, channels):
+    if len(values) not in (3, channels):
         raise UserError(f"{name}: its {what} {list(values)} is not a number for each of {channels} channels")
     if len(values) == channels:
         return values
     mean = sum(values) / len(values)
-    if len(values) == 3:
-        said = f"{name}: its {what} has 3 numbers for {channels} channel{'s' * (channels > 1)}"
-        warnings.warn(UserNote(f"{said}; their mean {mean:.4g} is taken for each"), stacklevel=4)
+    said = f"{name}: its {what} has 3 numbers for {channels} channel{'s' * (channels > 1)}"
+    warnings.warn(UserNote(f"{said}; their mean {mean:.4g} is taken for each"), stacklevel=4)
     return (mean,) * channels
 
 

@@ -60,6 +60,9 @@ ACTIVATIONS = {"gelu": str(nn.GELU()), "gelu_new": TANH, "gelu_fast": TANH, "gel
 ACTIVATIONS |= {"silu": str(nn.SiLU()), "relu": str(nn.ReLU()), "GELU()": str(nn.GELU()), "GELUTanh()": TANH}
 """transformers' names of activations, and how timm prints its own ones, to how torch prints them."""
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's names of images with so many channels: grey, colours, colours and how opaque a pixel is."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -587,7 +590,7 @@ def check_preprocessing(config: Mapping[str, Any], where: object) -> None:
         values = config.get(name)
         if values is None:
             continue
-        if not isinstance(values, list | tuple) or not values:
+        if not isinstance(values, list | tuple) or len(values) not in MODES:
             raise UserError(f"{where}: its {name} {values} is not a number for each channel")
         for value in values:
             kind.check(value, f"{where}: of its {name},")

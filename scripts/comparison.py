@@ -190,6 +190,8 @@ def costs(cost: SynthesisReport, images: int) -> dict[str, object]:
 
 def shown_images(model: LoadedModel, images: SparseImages) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [0, 1] as pictures have them, and their labels (B,)."""
+    from utils.pictures import in_colours
+
     images = images.shown()
     pixels = model.preprocessing.denormalize(images.patches).clamp(0, 1)
     return in_colours(model.grid.unpatchify(pixels, images.positions)), images.labels

