@@ -13,7 +13,6 @@ import math
 import re
 import sys
 import warnings
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +36,11 @@ STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin", "model" + INDEX[0], 
 
 UNUSED = re.compile(
     r"((vit|deit|dinov2\w*|beit|swin\w*)\.)?(embeddings\.mask_token|pooler\.(?!layernorm).*)|mask_token|decoder[._].*"
+    r"|beit3\.(.*\.B\..*|text_embed\.weight|vision_embed\.mask_token)"
     r"|(.*\.)?(relative_position_index|relative_coords_table|attn_mask|bias_mask|rope\w*\.(periods|freqs_(cos|sin)))"
 )
 """Tensors that a classifier does not read, or that follow from its sizes: of the pretraining's masks and decoder, of
-pooling for other tasks, of places in the image."""
+pooling for other tasks, of texts, of places in the image."""
 
 TABLE = "relative_position_bias_table"
 HEADS = ("head.weight", "head.fc.weight")
@@ -175,11 +175,8 @@ class Weights:
         if "fc_norm.weight" in self.state and isinstance(getattr(vit, "fc_norm", None), nn.Identity):
             found["global_pool"] = "avg"
         registers = self.state.get("reg_token")
-        if (
-            registers is not None
-            and registers.ndim == 3
-            and getattr(own.get("reg_token"), "shape", None) != (registers.shape)
-        ):
+        ours = own.get("reg_token")
+        if registers is not None and registers.ndim == 3 and (ours is None or registers.shape != ours.shape):
             found |= {name: registers.shape[1] for name in ("reg_tokens", "num_reg_tokens") if name in known}
         bias = {f"blocks.0.attn.{name}" for name in ("qkv.bias", "q_bias", "q_proj.bias")}
         if "blocks.0.attn.qkv.weight" in self.state and not bias & self.state.keys() and bias & own.keys():
@@ -298,13 +295,20 @@ def _converted(
     if strange:
         _raise_unfit(name, path, extra=strange)
     found = timm_filter(vit, **resampling)(dict(rest), vit)
-    starts = sorted(value.data_ptr() for value in found.values())
-    for key, value in rest.items():
-        at = bisect_left(starts, value.data_ptr())
-        used = at < len(starts) and starts[at] < value.data_ptr() + value.nbytes  # it, or a part of it
-        if not used and key not in found and key != "mask_token" and value.any():
-            _raise_unfit(name, path, extra=[key])
+    lost = {key: value for key, value in rest.items() if key not in found and key != "mask_token" and value.any()}
+    lost = {key: value for key, value in lost.items() if not any(_overlap(value, one) for one in found.values())}
+    made = {key: value for key, value in found.items() if key not in rest}
+    made = {key: value for key, value in made.items() if not any(_overlap(value, one) for one in rest.values())}
+    # What was put together of several, as one layer of queries, keys and values, has as many numbers as they have.
+    if lost and sum(value.numel() for value in lost.values()) != sum(value.numel() for value in made.values()):
+        _raise_unfit(name, path, extra=sorted(lost))
     return found | fitting
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two contiguous tensors share memory: one is the other, or a part of it."""
+    (first, size), (second, length) = ((tensor.data_ptr(), tensor.nbytes) for tensor in (one, other))
+    return first < second + length and second < first + size
 
 
 def require_complete(name: str, missing: Sequence[str], extra: Sequence[str]) -> None:
@@ -441,7 +445,7 @@ def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
 
 def _named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by timm's names. Raises nothing: what no rule knows keeps its name."""
-    rules = next(rules for marker, rules in NAMES.items() if any(name.endswith(marker) for name in state))
+    rules = next((rules for marker, rules in NAMES.items() if any(name.endswith(marker) for name in state)), ())
     named = {}
     for name, value in state.items():
         for pattern, to in rules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "relpos_table": ("vit_relpos_small_patch16_224", {"rel_pos_type": "bias"}),
     "relpos_shared": ("vit_srelpos_small_patch16_224", {}),
 }
+BEIT3 = (
+    (r"^cls_token$", "beit3.vision_embed.cls_token"),
+    (r"^patch_embed\.", "beit3.vision_embed."),
+    (r"^pos_embed$", "beit3.encoder.embed_positions.A.weight"),
+    (r"^blocks\.(\d+)\.attn\.norm\.", r"beit3.encoder.layers.\1.self_attn.inner_attn_ln.A."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"beit3.encoder.layers.\1.self_attn.out_proj.A."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"beit3.encoder.layers.\1.self_attn.qkv.A."),
+    (r"^blocks\.(\d+)\.norm1\.", r"beit3.encoder.layers.\1.self_attn_layer_norm.A."),
+    (r"^blocks\.(\d+)\.norm2\.", r"beit3.encoder.layers.\1.final_layer_norm.A."),
+    (r"^blocks\.(\d+)\.mlp\.norm\.", r"beit3.encoder.layers.\1.ffn.A.ffn_layernorm."),
+    (r"^blocks\.(\d+)\.mlp\.", r"beit3.encoder.layers.\1.ffn.A."),
+)
+"""timm's names, and those of BEiT-3's code."""
 SWIN_V2 = "swinv2_tiny_window8_256"
 POSITIONS = ("vit", "eva", "eva02", "beit", "beit_shared", "beit_absolute", "relpos_table")
 """Those with embeddings or tables that are of one size."""
@@ -180,6 +194,30 @@ def test_names_of_beits_code(tmp_path):
     vit = made("beit")
     index = {f"blocks.{block}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long) for block in (0, 1)}
     assert_same(given(tmp_path, "beit", {"model": vit.state_dict() | index}).vit, vit)
+
+
+def test_names_of_beit3s_code(tmp_path):
+    args = SIZES | {"scale_attn_norm": True, "scale_mlp_norm": True, "global_pool": "avg", "fc_norm": True}
+    (tmp_path / "config").mkdir()
+    about = {"architecture": "beit3_base_patch16_224", "num_classes": 5, "model_args": args}
+    size = {"pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(about | size))
+    vit = sharpened(timm.create_model("beit3_base_patch16_224", **args))
+    state = {}
+    for name, value in vit.state_dict().items():
+        for pattern, to in BEIT3:
+            name = re.sub(pattern, to, name)
+        if "qkv" in name:
+            for one, part in zip("qkv", value.chunk(3), strict=True):
+                state[name.replace("qkv", f"{one}_proj")] = part.clone()
+        else:
+            state[name] = torch.cat([torch.randn(2, 32), value[0]]) if "embed_positions" in name else value
+    state |= {"beit3.text_embed.weight": torch.randn(7, 32), "beit3.encoder.layers.0.ffn.B.fc1.bias": torch.randn(9)}
+    found = load_model(f"local-dir:{tmp_path / 'config'}", saved({"model": state}, tmp_path / "w.pth"))
+    assert_same(found.vit, vit)
+    with pytest.raises(UserError, match=r"unexpected beit3\.encoder\.strange"):
+        saved({"model": state | {"beit3.encoder.strange.weight": torch.ones(3)}}, tmp_path / "w.pth")
+        load_model(f"local-dir:{tmp_path / 'config'}", tmp_path / "w.pth")
 
 
 def test_a_bias_of_keys_that_the_model_has_not_is_refused_unless_it_is_zero(tmp_path):
