@@ -93,7 +93,7 @@ class LoadedModel:
     vit: nn.Module
     preprocessing: Preprocessing
     dataset: str | None
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where neither the name nor the configuration tells."""
     architecture: tuple[str, dict] | None = None
     """timm's name of the architecture, and the arguments with which `bare_model` makes it; None: it cannot be saved."""
 

@@ -18,6 +18,7 @@ from kt import StudentConfig, load_student
 from kt.augment import grey
 from models import LoadedModel, SparseImages, load_model
 from models.registry import MODES, Preprocessing, save_local_dir
+from quant import load_quantized
 from scripts import run_onnx, train_teacher
 from tests.conftest import tiny_vit
 from utils.config import DataConfig
@@ -75,6 +76,7 @@ def test_quantization_and_export_end_to_end(name, data, tmp_path, capsys):
     report = test_quant.main([*QUICK, *where, "--export", str(file)])
     assert report["inversion"]["patches_per_stage"][1] == report["inversion"]["patches_per_stage"][0] // 2
     assert report["export"]["agreement"] >= 90
+    assert load_quantized(tmp_path / "out" / "quantized").grid == load_model(model).grid
     assert Image.open(tmp_path / "out" / "images.png").mode == "RGB"
     channels, height, width = SHAPES[name]
     for picture in (tmp_path / "pool").rglob("*.png"):
