@@ -82,8 +82,16 @@ def given(folder: Path, family: str, state: object, **kwargs: object) -> LoadedM
     return load_model(ModelConfig(name, saved(state, folder / "w.pth"), **kwargs))
 
 
-def assert_same(found: nn.Module, expected: nn.Module, size: tuple[int, int] = (32, 32)) -> None:
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+def resized(family: str, vit: nn.Module, size: int, **kwargs: object) -> nn.Module:
+    """What timm makes of the weights of `vit` at another size."""
+    name, args = FAMILY[family]
+    found = timm.create_model(name, **(SIZES | args | kwargs | {"img_size": size})).eval()
+    found.load_state_dict(sys.modules[type(found).__module__].checkpoint_filter_fn(vit.state_dict(), found))
+    return found
+
+
+def assert_same(found: nn.Module, expected: nn.Module, size: tuple[int, ...] = (3, 32, 32)) -> None:
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = expected(images)
         wanted = getattr(wanted, "logits", wanted)
@@ -99,11 +107,11 @@ def test_what_is_saved_is_loaded_and_made_again(family, size, tmp_path):
     save_local_dir(model, tmp_path, "test")
     found = load_model(f"local-dir:{tmp_path}")
     assert found.grid.image_size == tuple(size)
-    assert_same(found.vit, vit, size)
-    assert_same(found.sparse().__class__.forward_images.__get__(found.sparse()), vit, size)
+    assert_same(found.vit, vit, (3, *size))
+    assert_same(found.sparse().__class__.forward_images.__get__(found.sparse()), vit, (3, *size))
     again = bare_model(*found.architecture).eval()
     again.load_state_dict(found.vit.state_dict())
-    assert_same(again, vit, size)
+    assert_same(again, vit, (3, *size))
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -116,14 +124,11 @@ def test_a_file_in_wrappings_gives_the_logits_of_its_model(family, tmp_path):
 def test_another_image_size_is_what_timm_makes_of_it(family, tmp_path):
     vit = made(family)
     model = given(tmp_path, family, vit.state_dict(), img_size=48)
-    name, args = FAMILY[family]
-    expected = timm.create_model(name, **(SIZES | args | {"img_size": 48})).eval()
-    convert = sys.modules[type(expected).__module__].checkpoint_filter_fn
-    expected.load_state_dict(convert(vit.state_dict(), expected))
-    assert_same(model.vit, expected, (48, 48))
+    expected = resized(family, vit, 48)
+    assert_same(model.vit, expected, (3, 48, 48))
     again = bare_model(*model.architecture).eval()
     again.load_state_dict(model.vit.state_dict())
-    assert_same(again, expected, (48, 48))
+    assert_same(again, expected, (3, 48, 48))
 
 
 @pytest.mark.parametrize("family", POSITIONS)
@@ -134,6 +139,23 @@ def test_positions_are_resampled_only_where_it_is_asked_for(family, tmp_path):
         load_model(name, file)
 
 
+@pytest.mark.parametrize("family", ["eva02", "dinov3", "beit", "relpos_table"])
+def test_hub_repositories_of_every_family_at_their_size_and_another(family, tmp_path, monkeypatch):
+    """The hub is a folder here: what would be downloaded lies in it."""
+    vit = made(family, in_chans=1)
+    folder_of(tmp_path, family, in_chans=1)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["pretrained_cfg"] |= {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    for module in ("timm.models._hub", "huggingface_hub"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / filename))
+    for size in (None, 48):
+        found = load_model(ModelConfig("hf-hub:org/name", img_size=size))
+        expected = resized(family, vit, size or 32, in_chans=1)
+        assert_same(found.vit, expected, (1, size or 32, size or 32))
+
+
 @pytest.mark.parametrize("patch", [4, 16, 32])
 def test_patch_sizes(patch, tmp_path):
     for family in ("eva02", "beit", "relpos"):
@@ -141,7 +163,7 @@ def test_patch_sizes(patch, tmp_path):
         name = folder_of(tmp_path / "config", family, patch_size=patch, img_size=64)
         model = load_model(name, saved(vit.state_dict(), tmp_path / "w.pth"))
         assert model.grid.height == patch
-        assert_same(model.vit, vit, (64, 64))
+        assert_same(model.vit, vit, (3, 64, 64))
 
 
 # ---- names of the papers' code
