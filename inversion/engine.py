@@ -118,7 +118,8 @@ class Inverter:
         if self.ranked:
             require_ranking(self.config.importance, self.vit, model.name)
         self.earlier = earlier if config.needs("earlier") else None
-        black, white = (model.preprocessing.normalize(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
+        ends = (torch.full((model.grid.channels, 1, 1), value) for value in (0.0, 1.0))
+        black, white = map(model.preprocessing.normalize, ends)
         self.limits = black.to(device), white.to(device)
         self.projections = [p for p in map(parse_projection, config.projections) if p is not None]
 
@@ -416,7 +417,7 @@ def require_memory_for(
     each = trajectory_bytes(vit, config, device) // images
     # An iteration leaves its draws and its loss.
     cpu = torch.device("cpu")
-    drawn = config.copies * (800 + 8 * numbers_of(config.views) * config.batch_size)
+    drawn = config.copies * (800 + 8 * numbers_of(config.views, vit.grid.channels) * config.batch_size)
     require_memory(config.iterations, drawn, cpu, "an inversion so long", "--iterations")
     require_memory(config.batch_size, each, device, "an inversion batch", flag)
 

@@ -2,8 +2,9 @@
 
     DATAPOOL/<model>-<strategy>-<configuration hash>/
         pool.json                      format version and everything that the pixels depend on
-        images/<class>/<number>.png    8-bit images, a `torchvision.datasets.ImageFolder`; stopped patches are black, on
-                                       a spectral canvas as they were when they stopped
+        images/<class>/<number>.png    8-bit images of the model's channels (grey, RGB, RGBA), a
+                                       `torchvision.datasets.ImageFolder`; stopped patches are zeros, on a spectral
+                                       canvas as they were when they stopped
         snapshots/<batch>.pt           where --snapshots asks for them: the batch in the middle of its inversion
         batches/<batch>.json           labels, kept positions, loss at every iteration; written last
 
@@ -263,7 +264,7 @@ class ImagePool:
 
     def _image(self, file: Path) -> Image.Image:
         try:
-            image = read_image(file)[0]
+            image = read_image(file, mode=self.model.preprocessing.mode)[0]
         except UserError as error:
             reason = str(error).removesuffix("; repair or remove it")
             raise UserError(f"{reason}; {self._remake(self._batch_of(file))}") from None

@@ -66,7 +66,10 @@ class View:
     """A change of what the model is fed. Its fields are its settings, `NAME:key=value,key=value`."""
 
     numbers = 0
-    """Uniform numbers that it takes for each image and look."""
+
+    def numbers_for(self, channels: int) -> int:
+        """Uniform numbers that it takes for each image, of so many channels, and look."""
+        return self.numbers
 
     def prepare(self, grid: PatchGrid, device: torch.device) -> None:
         """Called once before any look."""
@@ -77,7 +80,7 @@ class View:
         Args:
             patches: (B, n, C, height, width).
             positions: (B, n), int64.
-            u: (B, numbers), uniform in [0, 1).
+            u: (B, `numbers_for`), uniform in [0, 1).
             grid: what positions count in.
             plain: by stock kernels and autograd alone.
         """
@@ -159,10 +162,11 @@ class Colour(View):
         _within(self.scale, 0, 5, "colour: scale")
         _within(self.shift, 0, 5, "colour: shift")
 
-    numbers = 6
+    def numbers_for(self, channels: int) -> int:
+        return 2 * channels
 
     def __call__(self, patches, positions, u, grid, plain):
-        u = (2 * u - 1).view(len(u), 2, -1, 1, 1)[:, :, : patches.shape[2]].to(patches.dtype)
+        u = (2 * u - 1).view(len(u), 2, -1, 1, 1).to(patches.dtype)
         scale, shift = (self.scale * u[:, 0]).exp(), self.shift * u[:, 1]
         return torch.addcmul(shift[:, None], patches, scale[:, None]), positions
 
@@ -237,9 +241,9 @@ def canonical_views(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(canonical(name, view) for name, view in parse_views(texts).items())
 
 
-def numbers_of(texts: Sequence[str]) -> int:
-    """Numbers that a look takes for each image."""
-    return sum(view.numbers for view in parse_views(texts).values())
+def numbers_of(texts: Sequence[str], channels: int) -> int:
+    """Numbers that a look takes for each image of so many channels."""
+    return sum(view.numbers_for(channels) for view in parse_views(texts).values())
 
 
 class Views:
@@ -253,7 +257,7 @@ class Views:
     """
 
     def __init__(self, texts: Sequence[str], grid: PatchGrid, device: torch.device, plain: bool = False) -> None:
-        views, self.numbers = parse_views(texts), numbers_of(texts)
+        views, self.numbers = parse_views(texts), numbers_of(texts, grid.channels)
         self.grid, self.plain = grid, plain
         self.flip = views.pop("flip", None) is not None
         self.roll: Roll | None = views.pop("roll", None)
@@ -278,9 +282,10 @@ class Views:
         jitter, first = draw.jitter, 0
         patches, positions = canvas.windows(jitter, dtype), rolled_positions(canvas.positions, self.grid, jitter)
         for view in self.others:
-            u = draw.numbers[:, first : first + view.numbers]
+            count = view.numbers_for(self.grid.channels)
+            u = draw.numbers[:, first : first + count]
             patches, positions = view(patches, positions, u, self.grid, self.plain)
-            first += view.numbers
+            first += count
         return Seen(patches, mirrored_positions(positions, self.grid, jitter), jitter.flip)
 
     def opposite(self, draw: Draw) -> Draw:

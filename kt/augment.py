@@ -41,10 +41,12 @@ def mix(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseIm
 
 
 def grey(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
-    """Replace the channels of half of the images by their mean."""
+    """Replace the colours of half of the images by their mean; how opaque pixels are stays."""
     chosen = torch.randint(0, 2, (len(images), 1, 1, 1, 1), generator=generator).bool()
-    mean = images.patches.mean(dim=2, keepdim=True).expand_as(images.patches)
-    return SparseImages(torch.where(chosen, mean, images.patches), images.positions, images.labels)
+    colours, opacity = images.patches[:, :, :3], images.patches[:, :, 3:]
+    mean = colours.mean(dim=2, keepdim=True).expand_as(colours)
+    patches = torch.cat([torch.where(chosen, mean, colours), opacity], dim=2)
+    return SparseImages(patches, images.positions, images.labels)
 
 
 def contrast(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:

@@ -9,7 +9,7 @@ import torch
 
 from kt.config import StudentConfig
 from kt.whole import WholeStudent, classifier_parameters, load_whole
-from models import DEFAULT_MODEL, LoadedModel, ModelConfig, load_model
+from models import DEFAULT_MODEL, LoadedModel, ModelConfig, PatchGrid, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
 from models.registry import save_local_dir
 from models.sparse_vit import grid_of, require_supported
@@ -47,6 +47,11 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel | W
             classes=teacher.classes,
             path_flag="--student_path",
         )
+        if student.grid != teacher.grid:
+            raise UserError(
+                f"the student {student.name} has {_described(student.grid)}, the teacher {teacher.name} has "
+                f"{_described(teacher.grid)}; both are fed the same patches"
+            )
         student.vit.reset_classifier(teacher.classes)
     heads = {id(parameter) for parameter in classifier_parameters(student.vit)}
     for parameter in student.vit.parameters():
@@ -67,6 +72,13 @@ def _same_patches(teacher: LoadedModel, config: StudentConfig) -> bool:
     except Exception:  # whatever it is instead is told where it is loaded
         return False
     return grid_of(vit) == teacher.grid
+
+
+def _described(grid: PatchGrid) -> str:
+    """Images and patches, for errors."""
+    height, width = grid.image_size
+    size, patch = (f"{a} px" if a == b else f"{a} x {b} px" for a, b in ((height, width), (grid.height, grid.width)))
+    return f"images of {size} and {grid.channels} channels in patches of {patch}"
 
 
 def save_student(

@@ -1,4 +1,4 @@
-"""Model names -> a frozen timm Vision Transformer with its weights, its preprocessing and its data set."""
+"""Model names -> a frozen timm model with its weights, its preprocessing and its data set."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import difflib
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import load_pretrained, save_for_hf
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from models.config import NAMED_MODELS, ModelConfig, NamedModel, short_name
+from models.families import FAMILIES
 from models.formats import weights_file
 from models.patches import PatchGrid
 from models.sparse_vit import SparseViT, grid_of, require_supported
-from models.weights import Weights, check_preprocessing, load_into, read_vit, require_complete
+from models.weights import MODES, Weights, check_preprocessing, load_into, read_vit, require_complete, timm_filter
 from utils.cli import Number
-from utils.errors import UserError
+from utils.errors import UserError, UserNote
 from utils.files import read_json, require_fields, user_path
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failed download is told in one line of ours
@@ -36,17 +36,17 @@ DEPTH = Number(int, 1, 1000, "each block is made")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its images, from its timm `pretrained_cfg`."""
+    """How a model wants its images, from its timm `pretrained_cfg`. `mean` and `std` have a number for each channel."""
 
     input_size: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str
     crop_pct: float
     crop_mode: str
 
     @classmethod
-    def of(cls, vit: VisionTransformer, name: str = "model") -> Preprocessing:
+    def of(cls, vit: nn.Module, name: str = "model") -> Preprocessing:
         """What the configuration of `vit` says; the image's size is what its patch embedding takes.
 
         Raises `UserError`, which names the model, for what cannot be.
@@ -54,11 +54,17 @@ class Preprocessing:
         check_preprocessing(getattr(vit, "pretrained_cfg", None) or {}, name)
         config = timm.data.resolve_model_data_config(vit)
         config["input_size"] = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
-        config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
+        for key in ("mean", "std"):
+            config[key] = _of_channels(key, tuple(config[key]), config["input_size"][0], name)
         return cls(**{key: config[key] for key in cls.__dataclass_fields__})
 
+    @property
+    def mode(self) -> str:
+        """Pillow's name of images with the model's channels."""
+        return MODES[self.input_size[0]]
+
     def eval_transform(self) -> Callable:
-        """PIL image -> normalized tensor of shape `input_size`, by timm's own evaluation transform."""
+        """PIL image of that `mode` -> normalized tensor of shape `input_size`, by timm's own evaluation transform."""
         return timm.data.create_transform(
             self.input_size,
             interpolation=self.interpolation,
@@ -84,17 +90,17 @@ class LoadedModel:
     """A model ready to be inverted: evaluation mode, no gradients to its weights."""
 
     name: str
-    vit: VisionTransformer
+    vit: nn.Module
     preprocessing: Preprocessing
     dataset: str | None
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where the name does not tell."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, or None where neither the name nor the configuration tells."""
     architecture: tuple[str, dict] | None = None
     """timm's name of the architecture, and the arguments with which `bare_model` makes it; None: it cannot be saved."""
 
     @classmethod
     def of(
         cls,
-        vit: VisionTransformer,
+        vit: nn.Module,
         name: str = "model",
         dataset: str | None = None,
         architecture: tuple[str, dict] | None = None,
@@ -112,8 +118,9 @@ class LoadedModel:
         """
         require_supported(vit, name)
         channels = vit.patch_embed.proj.in_channels
-        if channels != 3:
-            raise UserError(f"{name} takes {channels} channels; only RGB models are supported")
+        if channels not in MODES:
+            known = ", ".join(f"{count} ({mode})" for count, mode in MODES.items())
+            raise UserError(f"{name} takes images of {channels} channels; known are {known}")
         architecture = architecture or _known_architecture(vit)
         return cls(name, vit.eval().requires_grad_(False), Preprocessing.of(vit, name), dataset, architecture)
 
@@ -150,7 +157,7 @@ def load_model(
     """Load a model by name.
 
     Args:
-        name: a name of `NAMED_MODELS`, any timm VisionTransformer, `hf-hub:org/name` or `local-dir:PATH`; or a
+        name: a name of `NAMED_MODELS`, any timm model of `models.families`, `hf-hub:org/name` or `local-dir:PATH`; or a
             `ModelConfig`, which says the path as well.
         model_path: local weights, where `name` is a name: a file, or a folder with `<name>.pth`, `<name>.safetensors`
             or one other weights file in it. None takes those of the `local-dir:`, or the hub's.
@@ -174,10 +181,9 @@ def load_model(
     file = None if random_weights else _weights_path(name, named, config.path, to_train, path_flag)
     if config.key is not None and file is None:
         raise UserError(f"{flags}weights_key {config.key} chooses in a file; give one with {path_flag}")
-    weights = None if file is None else read_vit(file, config.key, flags, to_train)
-    fetched = weights is None and not random_weights
+    weights = None if file is None else read_vit(file, outline, config.key, flags, to_train)
     args = {} if weights is None else weights.arguments(outline)
-    args |= {} if size is None or fetched else {"img_size": size}
+    args |= {} if size is None else {"img_size": size}
     own = config.path is None  # the name's own weights: they and its configuration have to agree
     count = named.classes if named else None if weights is None or own else weights.classes
     vit = _create(name, named, {**args, "num_classes": classes if to_train else count}, path_flag)
@@ -187,21 +193,42 @@ def load_model(
     said = vit.pretrained_cfg["num_classes"]
     if own and not to_train and said != vit.num_classes:
         raise UserError(f"{name}: its configuration says {said} classes in one place and {vit.num_classes} in another")
-    if fetched:
+    if weights is None and not random_weights:
         _fetch(vit, name, to_train, path_flag)
-        if size is not None:
-            vit.set_input_size(img_size=(size, size))
     elif weights is not None:
         load_into(vit, name, weights, to_train, None if size is not None else flags)
-        theirs = (None, getattr(vit.norm, "eps", None), getattr(vit.fc_norm, "eps", None))
-        if not to_train and weights.norm_eps not in theirs:
+        theirs = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
+        if not to_train and weights.norm_eps not in (None, *theirs):
             args["norm_eps"] = weights.norm_eps
             _set_norm_eps(vit, weights.norm_eps)
         _configure(vit, weights, labelled=not to_train)
-    return LoadedModel.of(vit, name, named.dataset if named else None, _architecture(name, named, vit, args))
+    return LoadedModel.of(vit, name, _dataset(named, vit), _architecture(name, named, vit, args))
 
 
-def bare_model(timm_name: str, args: dict[str, Any]) -> VisionTransformer:
+def _dataset(named: NamedModel | None, vit: nn.Module) -> str | None:
+    """The data set that a model was trained on: what its name tells, or what `save_local_dir` wrote down as `tag`."""
+    if named is not None:
+        return named.dataset
+    tag = vit.pretrained_cfg.get("tag")
+    return tag if tag in {one.dataset for one in NAMED_MODELS.values()} else None
+
+
+def _of_channels(what: str, values: tuple[float, ...], channels: int, name: str) -> tuple[float, ...]:
+    """A mean or deviation for each channel: as given, or of three colours their mean, as timm's loaders take it.
+
+    Raises `UserError` for another number of values.
+    """
+    if len(values) not in (3, channels):
+        raise UserError(f"{name}: its {what} {list(values)} is not a number for each of {channels} channels")
+    if len(values) == channels:
+        return values
+    mean = sum(values) / len(values)
+    said = f"{name}: its {what} has 3 numbers for {channels} channel{'s' * (channels > 1)}"
+    warnings.warn(UserNote(f"{said}; their mean {mean:.4g} is taken for each"), stacklevel=4)
+    return (mean,) * channels
+
+
+def bare_model(timm_name: str, args: dict[str, Any]) -> nn.Module:
     """A model with random weights from what `LoadedModel.architecture` says."""
     vit = timm.create_model(timm_name, pretrained=False, **{key: args[key] for key in args if key != "norm_eps"})
     if "norm_eps" in args:
@@ -223,14 +250,14 @@ def save_local_dir(model: LoadedModel, folder: str | Path, tag: str, **facts: ob
     save_for_hf(vit, folder, model_config=facts, model_args=args, safe_serialization=True)
 
 
-def _set_norm_eps(vit: VisionTransformer, eps: float) -> None:
+def _set_norm_eps(vit: nn.Module, eps: float) -> None:
     """Replace what layer norms add to the variance, which timm has no argument for."""
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
 
 
-def _outline(name: str, named: NamedModel | None, path_flag: str) -> VisionTransformer:
+def _outline(name: str, named: NamedModel | None, path_flag: str) -> nn.Module:
     """The model as its name alone makes it, for two classes, without memory for weights; nothing is downloaded."""
     with torch.device("meta"):
         vit = _create(name, named, {"num_classes": 2}, path_flag)
@@ -238,7 +265,7 @@ def _outline(name: str, named: NamedModel | None, path_flag: str) -> VisionTrans
     return vit
 
 
-def _configure(vit: VisionTransformer, weights: Weights, labelled: bool) -> None:
+def _configure(vit: nn.Module, weights: Weights, labelled: bool) -> None:
     """Take over what the configuration beside weights says; names of classes only for the classes of the weights."""
     config = {**vit.pretrained_cfg, **weights.config}
     if not labelled or (config["num_classes"] != vit.num_classes and "label_names" not in weights.config):
@@ -246,7 +273,7 @@ def _configure(vit: VisionTransformer, weights: Weights, labelled: bool) -> None
     vit.pretrained_cfg = {**config, "num_classes": vit.num_classes}
 
 
-def _fetch(vit: VisionTransformer, name: str, to_train: bool, path_flag: str) -> None:
+def _fetch(vit: nn.Module, name: str, to_train: bool, path_flag: str) -> None:
     """Give `vit` timm's own weights. Raises `UserError` where they cannot be had, or timm leaves some of them out."""
     missing, extra = [], []
 
@@ -255,15 +282,13 @@ def _fetch(vit: VisionTransformer, name: str, to_train: bool, path_flag: str) ->
         extra.extend(keys.unexpected_keys)
 
     hook = vit.register_load_state_dict_post_hook(note)
-    filter_fn = partial(checkpoint_filter_fn, adapt_layer_scale=True)
+    channels = vit.patch_embed.proj.in_channels
     with explained(name, path_flag), tensors_only(), hook:
-        load_pretrained(vit, num_classes=vit.num_classes, filter_fn=filter_fn, strict=False)
+        load_pretrained(vit, num_classes=vit.num_classes, in_chans=channels, filter_fn=timm_filter(vit), strict=False)
     require_complete(name, [key for key in missing if not (to_train and key.startswith("head"))], extra)
 
 
-def _architecture(
-    name: str, named: NamedModel | None, vit: VisionTransformer, args: dict[str, Any]
-) -> tuple[str, dict]:
+def _architecture(name: str, named: NamedModel | None, vit: nn.Module, args: dict[str, Any]) -> tuple[str, dict]:
     """What `bare_model` takes for a model like `vit`, which was made with `args` besides its name."""
     timm_name, own = name.split(".")[0], {}
     if named is not None:
@@ -276,7 +301,7 @@ def _architecture(
     return timm_name, {**(own or {}), **args, **_sizes(vit)}
 
 
-def _known_architecture(vit: VisionTransformer) -> tuple[str, dict] | None:
+def _known_architecture(vit: nn.Module) -> tuple[str, dict] | None:
     """What makes a model like `vit`, by the name that timm gave it; None where that gives other weights."""
     name, args = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture"), _sizes(vit)
     if not name or not timm.is_model(name):
@@ -287,17 +312,18 @@ def _known_architecture(vit: VisionTransformer) -> tuple[str, dict] | None:
     return (name, args) if next(shapes) == next(shapes) else None
 
 
-def _sizes(vit: VisionTransformer) -> dict[str, object]:
+def _sizes(vit: nn.Module) -> dict[str, object]:
     """What may differ from timm's model of the same name."""
-    size = {"img_size": list(vit.patch_embed.img_size), "global_pool": vit.global_pool}
-    return {**size, "num_classes": vit.num_classes}
+    size = {"img_size": list(vit.patch_embed.img_size), "in_chans": vit.patch_embed.proj.in_channels}
+    return {**size, "global_pool": vit.global_pool, "num_classes": vit.num_classes}
 
 
 def _require_timm_name(name: str) -> None:
     base = name.split(".")[0]
     if timm.is_model(base) and (base == name or name in timm.list_pretrained(f"{base}.*")):
         return
-    known = [*NAMED_MODELS, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
+    modules = {kind.__module__.rpartition(".")[2] for family in FAMILIES for kind in family.MODELS}
+    known = [*NAMED_MODELS, *(known for module in sorted(modules) for known in timm.list_models(module=module))]
     if base != name and timm.is_model(base):
         known = timm.list_pretrained(f"{base}.*")
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or list(NAMED_MODELS)[:4]
@@ -328,7 +354,7 @@ def _weights_path(
     return path
 
 
-def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag: str) -> VisionTransformer:
+def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag: str) -> nn.Module:
     """The model with random weights; `args` win over what its name says."""
     if name.startswith("local-dir:"):
         _local_config(name)

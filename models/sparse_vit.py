@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from models.blocks import SparseBlock
-from models.families import FAMILIES, family_of
+from models.families import family_of, known_classes
 from models.patches import PatchGrid
 from utils.errors import UserError
 
@@ -28,8 +28,7 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
 
     family = family_of(vit)
     if family is None:
-        known = ", ".join(kind.__name__ for each in FAMILIES for kind in each.MODELS)
-        refuse(f"it is a {type(vit).__name__}, not one of timm's {known}")
+        refuse(f"it is a {type(vit).__name__}, not one of timm's {known_classes()}")
     if type(vit.patch_embed) is not PatchEmbed:
         refuse(f"its patches are embedded by a {type(vit.patch_embed).__name__}, not by one convolution")
     if not vit.global_pool:

@@ -62,9 +62,7 @@ def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, op
     writable_folder(path.parent, "--export")
     vit = SparseViT(model.vit)
     require_exportable(vit)
-    _, height, width = model.preprocessing.input_size
-    crops = ("squash", "center") if height == width else ("squash",)
-    if model.preprocessing.crop_mode not in crops:
+    if model.preprocessing.crop_mode not in ("squash", "center"):
         raise UserError(f"--export: images cropped by '{model.preprocessing.crop_mode}' cannot be exported")
     vit.blocks = vit.blocks[-1:]
     _require_runtime(quantized_vit(vit, dataclasses.replace(config, keep=()), largest_value_scale), config, opset)

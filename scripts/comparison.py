@@ -189,9 +189,12 @@ def costs(cost: SynthesisReport, images: int) -> dict[str, object]:
 
 
 def shown_images(model: LoadedModel, images: SparseImages) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) in [0, 1] as pictures have them, and their labels (B,)."""
+    """Images (B, 3, H, W) in [0, 1] as pictures have them, and their labels (B,)."""
+    from utils.pictures import in_colours
+
     images = images.shown()
-    return model.grid.unpatchify(model.preprocessing.denormalize(images.patches), images.positions), images.labels
+    pixels = model.preprocessing.denormalize(images.patches).clamp(0, 1)
+    return in_colours(model.grid.unpatchify(pixels, images.positions)), images.labels
 
 
 def print_table(summary: Sequence[dict], column: str) -> None:

@@ -45,6 +45,7 @@ MOST_PIXELS = 2**28
 MOST_STRETCHED = 100
 SCALES = {"1": 255, "L;2": 85, "L;4": 17}
 ORIENTATION = 274
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Refused(Exception):
@@ -72,8 +73,8 @@ def colour(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"'{text}' is not R,G,B with numbers from 0 to 255")
 
 
-def read_image(path: str, background: tuple[int, ...] = WHITE) -> tuple[Image.Image, bool]:
-    """The first picture in a file as 8-bit RGB, upright, and whether anything of it was transparent.
+def read_image(path: str, background: tuple[int, ...] = WHITE, mode: str = "RGB") -> tuple[Image.Image, bool]:
+    """The first picture in a file in `mode`, upright, and whether anything was laid on `background`.
 
     Raises `Refused` with the reason, and what Pillow raises on damaged files.
     """
@@ -82,13 +83,13 @@ def read_image(path: str, background: tuple[int, ...] = WHITE) -> tuple[Image.Im
         if reason := refusal(image):
             raise Refused(f"the image {path} {reason}")
         decoded = upright(decode(image), image)
-    if decoded.mode == "RGB":
-        return decoded, False
-    if decoded.getchannel("A").getextrema()[0] == 255:
-        return decoded.convert("RGB"), False
+    if mode == "RGBA":
+        return decoded.convert(mode), False
+    if decoded.mode == "RGB" or decoded.getchannel("A").getextrema()[0] == 255:
+        return decoded.convert("RGB").convert(mode), False
     canvas = Image.new("RGB", decoded.size, background)
     canvas.paste(decoded, mask=decoded)
-    return canvas, True
+    return canvas.convert(mode), True
 
 
 def refusal(image: Image.Image) -> str | None:
@@ -151,18 +152,22 @@ def upright(decoded: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, how: dict) -> np.ndarray:
-    """RGB image -> (C, H, W) float32, resized, cropped and normalized as `how` says, as timm's evaluation transform."""
-    _, height, width = how["input_size"]
+    """Image in the model's mode -> (C, H, W) float32, resized, cropped and normalized as by timm's transform."""
+    channels, height, width = how["input_size"]
     resample = Image.Resampling[how["interpolation"].upper()]
     scaled = int(height / how["crop_pct"]), int(width / how["crop_pct"])
     if how["crop_mode"] == "squash":
         size = scaled[::-1]
-    else:  # the shorter side, the crop is square
+    elif scaled[0] == scaled[1]:  # the shorter side
         short = min(image.size)
         size = tuple(scaled[0] if side == short else int(scaled[0] * side / short) for side in image.size)
+    else:  # the side that is the shorter one of this shape
+        ratio = min(image.height / scaled[0], image.width / scaled[1])
+        size = tuple(round(side / ratio) for side in image.size)
     image = image.resize(size, resample)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
+    pixels = pixels.reshape(height, width, channels)
     return ((pixels - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)
 
 
@@ -199,11 +204,11 @@ def misfit(session: onnxruntime.InferenceSession, how: object, classes: object) 
         return f"it names {len(classes)} classes, its graph has {count}"
     if not isinstance(how, dict) or how.get("input_size") != size:
         return f"it prepares images for another size than its graph's, {size}"
-    if size[0] != 3 or not all(isinstance(side, int) and side > 0 for side in size):
-        return f"images of the size {size} are not those of an RGB model"
+    if size[0] not in MODES or not all(isinstance(side, int) and side > 0 for side in size):
+        return f"images of the size {size} are neither grey nor RGB nor RGBA"
     for name, lowest in (("mean", -1e6), ("std", 1e-6)):
         values = how.get(name)
-        if not (isinstance(values, list) and len(values) == 3 and all(_between(v, lowest, 1e6) for v in values)):
+        if not (isinstance(values, list) and len(values) == size[0] and all(_between(v, lowest, 1e6) for v in values)):
             return f"{name} {str(values)[:40]} cannot be"
     least = math.sqrt(size[1] * size[2] / MOST_PIXELS)
     if not _between(how.get("crop_pct"), least, min(size)):
@@ -277,7 +282,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     found, transparent = [], []
     for path in args.images:
         try:
-            image, has_holes = read_image(path, args.background)
+            image, has_holes = read_image(path, args.background, MODES[how["input_size"][0]])
             shares = probabilities(session, preprocess(image, how), len(classes))
         except Refused as error:
             _fail(str(error))

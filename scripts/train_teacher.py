@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or fine-tune a teacher: any Vision Transformer of the registry, on digits, CIFAR or an image folder.
+"""Train or fine-tune a teacher: any model of the registry, on digits, CIFAR or an image folder.
 
 The result is a folder in timm's `local-dir` format, so `--model local-dir:OUTPUT` takes it everywhere:
 
@@ -50,7 +50,6 @@ from utils.files import atomic_files, user_path, writable_folder, write_json
 from utils.lazy import torch
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
@@ -200,8 +199,8 @@ def load_data(
     kind = None if config.data == "folder" else config.data
     augment = train_transform(preprocessing, config.data, config.crop_padding, config.flip)
     data = DataConfig(config.dataset, class_order=config.class_order or "text", background=config.background)
-    train = load_split("train", kind, data, augment, Labels(classes))
-    test = load_split("test", kind, data, preprocessing.eval_transform(), Labels(classes))
+    train = load_split("train", kind, data, augment, Labels(classes), preprocessing.mode)
+    test = load_split("test", kind, data, preprocessing.eval_transform(), Labels(classes), preprocessing.mode)
     missing = [train.classes[number] for number in sorted(set(train.targets) - set(test.targets))]
     if missing:
         raise UserError(f"--dataset {config.dataset} has no test images of {listing(missing)}, which train/ has")
@@ -214,7 +213,7 @@ def load_data(
     return shuffled, loader(limited_test, EVAL_BATCH_SIZE, workers, image_size), list(train.classes)
 
 
-def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(vit: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: the head at its own rate; no decay of biases, norms, tokens and position embeddings."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     spared = vit.no_weight_decay()
@@ -224,11 +223,25 @@ def parameter_groups(vit: VisionTransformer, lr: float, head_lr: float, weight_d
     return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
 
+def patch_dropout(vit: nn.Module) -> nn.Module:
+    """timm's module that leaves patches out of a model in training. Raises `UserError` where the model takes none."""
+    import timm.layers
+
+    if not hasattr(vit, "patch_drop"):
+        raise UserError(f"--patch_drop: timm's {type(vit).__name__} cannot leave patches out; leave out the flag")
+    if vit.patch_drop is not None:
+        return timm.layers.PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
+    # Models that look positions up by block are told which patches are left, by one of two names.
+    with_indices = getattr(timm.layers, "PatchDropoutWithIndices", None)
+    if with_indices is None:
+        return timm.layers.PatchDropout(num_prefix_tokens=vit.num_prefix_tokens, return_indices=True)
+    return with_indices(num_prefix_tokens=vit.num_prefix_tokens)
+
+
 class Trainer:
     """A model in training: AdamW under a cosine schedule with warm-up, stepped once per batch."""
 
-    def __init__(self, vit: VisionTransformer, train: DataLoader, config: TrainConfig) -> None:
-        from timm.layers import PatchDropout
+    def __init__(self, vit: nn.Module, train: DataLoader, config: TrainConfig) -> None:
         from timm.scheduler import CosineLRScheduler
 
         self.device = pick_device(config.device)
@@ -237,7 +250,7 @@ class Trainer:
         self.train = train
         self.noise, self.patch_drop = config.noise, config.patch_drop
         if self.patch_drop:
-            vit.patch_drop = PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
+            vit.patch_drop = patch_dropout(vit)
         self.loss = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         groups = parameter_groups(vit, config.lr, config.head_lr or config.lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)

@@ -224,7 +224,7 @@ def test_training_images_are_changed_and_mirrored_only_where_asked(flip):
         (["--data", "cifar10"], "has 3 classes, the model has 10"),
         (["--init", "scratch", "--model_path", "x"], "leave out --model_path"),
         (["--model_path", "/nowhere"], "/nowhere does not exist"),
-        (["--model", "resnet18"], "not a timm VisionTransformer"),
+        (["--model", "resnet18"], "not one of timm's VisionTransformer"),
         (["--lr", "0"], "--lr: 0 is not a number from 1e-38"),
         (["--lr", "1e30"], "the loss became"),
         (["--epochs", "0"], "--epochs: 0 is not an integer from 1"),

@@ -863,7 +863,7 @@ def a_token_that_the_model_has_not(folder):
     return Case(None, saved(made("vit_weights_test_distilled").state_dict(), folder / "w.pth"))
 
 
-@wrong("BEiT")
+@wrong(r"unexpected blocks\.0\.attn\.relative_position_bias_table")
 def relative_positions(folder):
     state = made().state_dict() | {"blocks.0.attn.relative_position_bias_table": torch.zeros(3, 2)}
     return Case(None, saved(state, folder / "w.pth"))
@@ -875,10 +875,10 @@ def transformers_dinov2_with_its_own_head(folder):
     return Case(None, folder, "vit_weights_test_scaled")
 
 
-@wrong("holds a BEiT")
-def transformers_beit(folder):
-    hf_model("BeitForImageClassification").save_pretrained(folder)
-    return Case(None, folder)
+@wrong(r"do not fit.*unexpected blocks\.0\.attn\.relative_position_bias_table and 1 more")
+def transformers_beit_as_another_model(folder):
+    model = hf_model("BeitForImageClassification", use_relative_position_bias=True)
+    return Case(None, saved(model.state_dict(), folder / "w.pth"))
 
 
 @wrong("has no classifier")

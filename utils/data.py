@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import v2
 
 from models import LoadedModel
 from utils.classes import Labels, class_numbers, labels_of, names_of
@@ -34,14 +36,14 @@ SPLITS = {"train": ("train",), "test": ("val", "test")}
 
 
 class Digits(Dataset):
-    """The 1,797 handwritten digits that scikit-learn ships, 8x8 grey pixels, as RGB images.
+    """The 1,797 handwritten digits that scikit-learn ships, 8x8 grey pixels, as images of Pillow's `mode`.
 
     The split is fixed: 80% for training, 20% for testing, stratified by class.
     """
 
     classes = tuple(names_of("digits"))
 
-    def __init__(self, split: str, transform: Callable) -> None:
+    def __init__(self, split: str, transform: Callable, mode: str = "RGB") -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -51,13 +53,13 @@ class Digits(Dataset):
         chosen = np.sort(train if split == "train" else test)
         self.images = (data.images[chosen] * (255 / 16)).round().astype(np.uint8)
         self.targets = data.target[chosen].tolist()
-        self.transform = transform
+        self.transform, self.mode = transform, mode
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+        return self.transform(Image.fromarray(self.images[index]).convert(self.mode)), self.targets[index]
 
 
 class ImageFiles(Dataset):
@@ -68,13 +70,20 @@ class ImageFiles(Dataset):
         classes: names of all classes of the model, in its order.
         transform: PIL image -> tensor.
         background: what is behind transparency; None: white.
+        mode: Pillow's name of the images' channels.
     """
 
     def __init__(
-        self, files: Sequence[tuple[str, int]], classes: Sequence[str], transform: Callable, background: Colour | None
+        self,
+        files: Sequence[tuple[str, int]],
+        classes: Sequence[str],
+        transform: Callable,
+        background: Colour | None,
+        mode: str = "RGB",
     ) -> None:
         self.files, self.targets = [path for path, _ in files], [label for _, label in files]
         self.classes, self.transform, self.background = list(classes), transform, background or WHITE
+        self.mode = mode
         self.transparent = torch.zeros(len(files), dtype=torch.uint8)
         """1 for each image that was read, by any process (`loader` shares it), and had transparency."""
         self.told = False
@@ -83,13 +92,15 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, transparent = read_image(self.files[index], self.background)
+        image, transparent = read_image(self.files[index], self.background, self.mode)
         if transparent:
             self.transparent[index] = 1
         return self.transform(image), self.targets[index]
 
 
-def unlabelled_files(folder: str | Path, transform: Callable, background: Colour | None = None) -> ImageFiles:
+def unlabelled_files(
+    folder: str | Path, transform: Callable, background: Colour | None = None, mode: str = "RGB"
+) -> ImageFiles:
     """All image files in a folder, at any depth and in the order of their paths, with the label 0.
 
     Raises `UserError` where there are none.
@@ -98,10 +109,12 @@ def unlabelled_files(folder: str | Path, transform: Callable, background: Colour
     files = image_paths(root) if root.is_dir() else []
     if not files:
         raise UserError(f"{root} is no image pool (it has no pool.json), and holds no image files")
-    return ImageFiles([(path, 0) for path in files], [], transform, background)
+    return ImageFiles([(path, 0) for path in files], [], transform, background, mode)
 
 
-def load_split(split: str, kind: str | None, data: DataConfig, transform: Callable, labels: Labels) -> Dataset:
+def load_split(
+    split: str, kind: str | None, data: DataConfig, transform: Callable, labels: Labels, mode: str = "RGB"
+) -> Dataset:
     """The `train` or `test` split of a data set of PIL images, transformed, with the model's classes as labels.
 
     Its `classes` are the names of all classes of the model in its order, of which a folder may have some.
@@ -113,12 +126,13 @@ def load_split(split: str, kind: str | None, data: DataConfig, transform: Callab
             the root that torchvision's CIFAR classes take; the digits need none), and how it is read.
         transform: PIL image -> tensor.
         labels: the classes of the model.
+        mode: Pillow's name of the channels that images are given to `transform` with.
 
     Raises:
         UserError: nothing there, no such split, a class without images, or classes that are not the model's.
     """
     if kind == "digits" and data.dataset is None:
-        return _in_order_of(Digits(split, transform), labels, data, "the bundled digits")
+        return _in_order_of(Digits(split, transform, mode), labels, data, "the bundled digits")
     if data.dataset is None:
         raise UserError("this model needs --dataset DIR, the path to its data")
     root = user_path(data.dataset, "--dataset")
@@ -128,19 +142,22 @@ def load_split(split: str, kind: str | None, data: DataConfig, transform: Callab
     folders = [root / name for name in SPLITS[split] if (root / name).is_dir()]
     has_splits = any((root / name).is_dir() for names in SPLITS.values() for name in names)
     if folders:
-        return _class_folders(folders[0], root / "train", data, transform, labels)
+        return _class_folders(folders[0], root / "train", data, transform, labels, mode)
     if kind in CIFAR and not has_splits and _is_cifar_root(root, kind):
-        return _in_order_of(_cifar(root, kind, split, transform), labels, data, f"--dataset {root}")
+        return _in_order_of(
+            _cifar(root, kind, split, _after_conversion(transform, mode)), labels, data, f"--dataset {root}"
+        )
     if has_splits:
         raise UserError(f"--dataset {root} has no {' or '.join(f'{n}/' for n in SPLITS[split])} folder")
     if split == "test":
-        return _class_folders(root, None, data, transform, labels)
+        return _class_folders(root, None, data, transform, labels, mode)
     raise UserError(f"--dataset {root} has no train/ folder, which real calibration images are taken from")
 
 
 def evaluation_set(model: LoadedModel, config: DataConfig) -> Dataset:
     """The images that a model is evaluated on; warns of classes that have none. Raises as `load_split` does."""
-    found = load_split("test", model.dataset, config, model.preprocessing.eval_transform(), labels_of(model))
+    how = model.preprocessing
+    found = load_split("test", model.dataset, config, how.eval_transform(), labels_of(model), how.mode)
     present = len(set(found.targets))
     if present < model.classes and rank() == 0:
         text = f"--dataset {config.dataset} has images of {present} of the model's {model.classes} classes"
@@ -223,7 +240,9 @@ def tell_transparent(data: Dataset | None, shared_on: torch.device | None = None
         warnings.warn(UserNote(f"{text}; they are laid on --background {colours}"), stacklevel=2)
 
 
-def _class_folders(root: Path, train: Path | None, data: DataConfig, transform: Callable, labels: Labels) -> ImageFiles:
+def _class_folders(
+    root: Path, train: Path | None, data: DataConfig, transform: Callable, labels: Labels, mode: str
+) -> ImageFiles:
     """The images of the class folders in `root`; those in `train`, where there are some, may tell the order."""
     where, folders = f"--dataset {root}", subfolders(root)
     if not folders:
@@ -235,7 +254,7 @@ def _class_folders(root: Path, train: Path | None, data: DataConfig, transform: 
     trained = subfolders(train) if train is not None and train.is_dir() else []
     numbers, names = class_numbers(folders, labels, data.class_order, where, trained)
     labelled = [(path, numbers[folder]) for folder in folders for path in files[folder]]
-    return ImageFiles(labelled, names, transform, data.background)
+    return ImageFiles(labelled, names, transform, data.background, mode)
 
 
 def _in_order_of(dataset: Dataset, labels: Labels, data: DataConfig, where: str) -> Dataset:
@@ -248,6 +267,11 @@ def _in_order_of(dataset: Dataset, labels: Labels, data: DataConfig, where: str)
 
 def _is_cifar_root(root: Path, kind: str) -> bool:
     return (root / CIFAR[kind][1]).is_dir() or not any(entry.is_dir() for entry in root.iterdir())
+
+
+def _after_conversion(transform: Callable, mode: str) -> Callable:
+    """RGB image -> what `transform` makes of it in `mode`."""
+    return transform if mode == "RGB" else v2.Compose([v2.Lambda(methodcaller("convert", mode)), transform])
 
 
 def _cifar(root: Path, kind: str, split: str, transform: Callable) -> Dataset:

@@ -57,11 +57,16 @@ def image_paths(root: Path) -> list[str]:
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def read_image(path: str | Path, background: Colour = WHITE) -> tuple[Image.Image, bool]:
-    """The first picture in an image file as 8-bit RGB, and whether anything of it was transparent.
+def read_image(path: str | Path, background: Colour = WHITE, mode: str = "RGB") -> tuple[Image.Image, bool]:
+    """The first picture in an image file with 8 bits a channel, and whether anything was laid on `background`.
 
-    Grey values of more than 8 bits are scaled by their own range. What is transparent is laid on `background`. An
-    orientation in EXIF is left alone, as timm and torchvision do. `scripts/run_onnx.py` has this function as well.
+    Grey values of more than 8 bits are scaled by their own range. An orientation in EXIF is left alone, as timm and
+    torchvision do. `scripts/run_onnx.py` has this function as well.
+
+    Args:
+        path: the file.
+        background: what is behind transparency; nothing in RGBA, which keeps it.
+        mode: `L` (grey), `RGB` or `RGBA`.
 
     Raises:
         UserError: a file that cannot be read, one of more than `MOST_PIXELS` or longer than `MOST_STRETCHED` times its
@@ -75,13 +80,13 @@ def read_image(path: str | Path, background: Colour = WHITE) -> tuple[Image.Imag
         raise UserError(f"cannot read the image {path} ({type(error).__name__}); repair or remove it") from None
     if decoded is None:
         raise UserError(f"the image {path} {reason}")
-    if decoded.mode == "RGB":
-        return decoded, False
-    if decoded.getchannel("A").getextrema()[0] == 255:
-        return decoded.convert("RGB"), False
+    if mode == "RGBA":
+        return decoded.convert(mode), False
+    if decoded.mode == "RGB" or decoded.getchannel("A").getextrema()[0] == 255:
+        return decoded.convert("RGB").convert(mode), False
     canvas = Image.new("RGB", decoded.size, background)
     canvas.paste(decoded, mask=decoded)
-    return canvas, True
+    return canvas.convert(mode), True
 
 
 def _opened(path: str | Path) -> Image.Image:

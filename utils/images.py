@@ -111,17 +111,17 @@ def images_at_hand(model: LoadedModel, source: Noise | Real | Stored, count: int
         _require_memory(count, model)
         noise = torch.randn(count, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(seed))
         return SparseImages.whole(model.grid, noise, torch.zeros(count, dtype=torch.long))
-    transform = model.preprocessing.eval_transform()
+    transform, mode = model.preprocessing.eval_transform(), model.preprocessing.mode
     if isinstance(source, Real):
         data = DataConfig(source.dataset, class_order=source.class_order, background=source.background)
-        found = load_split("train", model.dataset, data, transform, labels_of(model))
+        found = load_split("train", model.dataset, data, transform, labels_of(model), mode)
     elif (pool := source.pool(model)) is not None:
         there = pool.batches() * pool.config.batch_size
         if not there or (count or 0) > there:
             raise UserError(f"{count or 'some'} images were asked for, the pool {source.path} has {there}")
         return pool.read(count or there)
     else:
-        found = unlabelled_files(source.path, transform, source.background)
+        found = unlabelled_files(source.path, transform, source.background, mode)
     chosen = random_subset(found, count or len(found), seed)
     _require_memory(len(chosen), model)
     images, labels = zip(*chosen, strict=True)

@@ -30,12 +30,20 @@ class LossCurve:
 
 
 def save_image_grid(path: Path, images: Tensor, columns: int = 8) -> None:
-    """Images (B, 3, H, W) in [0, 1] -> one PNG, `columns` images a row, white between them."""
-    factor = max(1, -(-TILE // images.shape[-1]))
-    enlarged = images.clamp(0, 1).repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+    """Images (B, C, H, W) in [0, 1] -> one PNG, `columns` images a row, white between them."""
+    factor = max(1, -(-TILE // min(images.shape[-2:])))
+    enlarged = in_colours(images.clamp(0, 1)).repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     grid = make_grid(enlarged, nrow=columns, padding=4, pad_value=1.0)
     with atomic(path) as partial:
         to_pil_image(grid.mul(255).round().byte()).save(partial, format="PNG")
+
+
+def in_colours(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] as they look in RGB, (B, 3, H, W): grey in all three, RGBA laid on white."""
+    if images.shape[1] == 4:
+        colours, opacity = images[:, :3], images[:, 3:]
+        return colours * opacity + (1 - opacity)
+    return images.expand(-1, 3, -1, -1)
 
 
 def save_images(path: Path, images: SparseImages, model: LoadedModel) -> None:

@@ -61,11 +61,15 @@ class BatchNormStatistics(Loss):
     times. The network sees the jittered image, zero where patches have stopped.
 
     Raises:
-        UserError: no such network in torchvision, weights that cannot be had or do not fit, or no BatchNorm2d in it.
+        UserError: images that are not RGB, no such network in torchvision, weights that cannot be had or do not fit, or
+            no BatchNorm2d in it.
     """
 
     def __init__(self, context: Context) -> None:
-        source = str(context.options["bn_source"])
+        source, channels = str(context.options["bn_source"]), context.model.grid.channels
+        if channels != 3:
+            ours = f"those of {context.model.name} have {channels} channel{'s' * (channels > 1)}"
+            raise UserError(f"--bn: torchvision's networks see RGB images, {ours}")
         self.cnn = load_cnn(source).to(context.device, context.dtype).eval().requires_grad_(False)
         self.norms = [module for module in self.cnn.modules() if isinstance(module, torch.nn.BatchNorm2d)]
         if not self.norms:

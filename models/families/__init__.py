@@ -13,3 +13,8 @@ FAMILIES: tuple[Family, ...] = (vision_transformer, eva, beit, relpos, swin, cai
 def family_of(vit: nn.Module) -> Family | None:
     """The family of a timm model; None where it is of none."""
     return next((family for family in FAMILIES if type(vit) in family.MODELS), None)
+
+
+def known_classes() -> str:
+    """timm's classes that have a family, for errors."""
+    return ", ".join(kind.__name__ for family in FAMILIES for kind in family.MODELS)

@@ -28,7 +28,7 @@ from models import DEFAULT_MODEL, LoadedModel, PatchGrid, load_model
 from utils.cli import Parser, natural
 from utils.errors import UserError
 from utils.files import writable_folder
-from utils.pictures import save_figure
+from utils.pictures import in_colours, save_figure
 
 
 def parser() -> Parser:
@@ -70,7 +70,7 @@ def pipeline(snapshots: list[Snapshot], images: list[int], model: LoadedModel, g
         for number, image in enumerate(images):
             one = slice(image, image + 1)
             pixels = model.preprocessing.denormalize(snapshot.pixels[one]).clamp(0, 1)
-            shown = grid.unpatchify(pixels, snapshot.positions[one])[0]
+            shown = in_colours(grid.unpatchify(pixels, snapshot.positions[one]))[0]
             axes[rows * number, column].imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
             if rows == 2:
                 heat = heatmap(snapshot.attention[image], snapshot.positions[image], grid)
