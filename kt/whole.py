@@ -102,7 +102,7 @@ def load_whole(
     if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.4)
         raise UserError(f"unknown model '{name}'" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    args = {**args, "num_classes": teacher.classes, "in_chans": teacher.grid.channels}
+    args = {**args, "num_classes": teacher.classes, **_channels(name, made, teacher.grid.channels)}
     fetched = not scratch and path is None
     with explained(name, "--student_path"), tensors_only():
         model = timm.create_model(made, pretrained=fetched, **args)
@@ -129,6 +129,22 @@ def load_whole(
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": ours.input_size, "num_classes": teacher.classes}
     grid, architecture = teacher.grid, (model.pretrained_cfg.get("architecture", base), args)
     return WholeStudent(name, model, ours, teacher.preprocessing, grid, architecture)
+
+
+def _channels(name: str, made: str, wanted: int) -> dict[str, int]:
+    """The argument that makes a model of timm's name for so many channels; what a configuration says stays.
+
+    Raises `UserError` where that is another number.
+    """
+    if ":" not in name:
+        return {"in_chans": wanted}
+    with explained(name, "--student_path"), torch.device("meta"):
+        config = timm.data.resolve_model_data_config(timm.create_model(made, pretrained=False))
+    if config["input_size"][0] != wanted:
+        raise UserError(
+            f"--student {name} takes {config['input_size'][0]} channels, the teacher's images have {wanted}"
+        )
+    return {}
 
 
 def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> None:

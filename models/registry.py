@@ -236,6 +236,26 @@ def bare_model(timm_name: str, args: dict[str, Any]) -> nn.Module:
     return vit
 
 
+def new_model(name: str, args: dict[str, Any], classes: int, flag: str) -> LoadedModel:
+    """A model with random weights of an architecture of timm's that `args` change.
+
+    Args:
+        name: timm's name.
+        args: of its class.
+        classes: how many it shall tell apart.
+        flag: what errors call `args`.
+
+    Raises:
+        UserError: an unknown name or argument, or an architecture that `SparseViT` cannot honour.
+    """
+    _require_timm_name(name)
+    try:
+        vit = timm.create_model(name, pretrained=False, **{**args, "num_classes": classes})
+    except Exception as error:  # timm's classes fail in their own ways
+        raise UserError(f"{flag}: {name} cannot be made so ({' '.join(str(error).split())[:160]})") from None
+    return LoadedModel.of(vit, name, None, (name.split(".")[0], {**args, **_sizes(vit)}))
+
+
 def save_local_dir(model: LoadedModel, folder: str | Path, tag: str, **facts: object) -> None:
     """Write `config.json` and `model.safetensors`, timm's `local-dir` format; `facts` go into the configuration.
 

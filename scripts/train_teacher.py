@@ -21,6 +21,7 @@ from utils.errors import exit_on_interrupt, run_main
 exit_on_interrupt(__name__)
 
 import argparse
+import ast
 import math
 import time
 from argparse import BooleanOptionalAction
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
 
-    from models import LoadedModel
+    from models import LoadedModel, SparseViT
     from models.registry import Preprocessing
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
@@ -89,6 +90,12 @@ class TrainConfig(Reading):
     model_path: str | None = setting(None, "weights to start from, file or folder; default its own", metavar="PATH")
     key: str | None = setting(None, "which of several models in a weights file", "--weights_key", metavar="KEY")
     img_size: int | None = setting(None, "side of its images in px; default its own", type=image_side, metavar="PX")
+    model_args: tuple[str, ...] = setting(
+        (),
+        "with --init scratch: timm's arguments that change the architecture; depth=6 depths=2,4",
+        nargs="+",
+        metavar="A=B",
+    )
     init: str = setting("pretrained", "start from trained or random weights", choices=("pretrained", "scratch"))
     dataset: str | None = setting(None, "folder of the data, of CIFAR its root; the digits need none", metavar="DIR")
     data: str | None = setting(None, "kind of data; default what the model's name tells", choices=(*CLASSES, "folder"))
@@ -114,6 +121,11 @@ class TrainConfig(Reading):
         check_numbers(self)
         if self.init == "scratch" and self.model_path is not None:
             raise UserError("--init scratch starts from random weights; leave out --model_path")
+        if self.model_args and self.init != "scratch":
+            raise UserError("--model_args makes another architecture, which has no weights; add --init scratch")
+        if self.model_args and self.img_size is not None:
+            raise UserError("--img_size is one of --model_args here; give img_size=PX there")
+        self.architecture()
         data = self.data or implied_data(self.model, self.dataset)
         found = {
             "data": data,
@@ -127,6 +139,19 @@ class TrainConfig(Reading):
             raise UserError(f"--warmup_epochs {self.warmup_epochs} must be below --epochs {self.epochs}")
         if data == "digits" and self.dataset is not None:
             raise UserError("--data digits is bundled; leave out --dataset")
+
+    def architecture(self) -> dict[str, object]:
+        """What `model_args` say. Raises `UserError` where they are not names with values."""
+        found = {}
+        for text in self.model_args:
+            name, _, value = text.partition("=")
+            try:
+                found[name] = ast.literal_eval(value) if name.isidentifier() else None
+            except (ValueError, SyntaxError):
+                found[name] = value if value else None
+            if found[name] is None and value != "None":
+                raise UserError(f"--model_args {text} is not like depth=6")
+        return found
 
     def settings(self) -> dict[str, object]:
         """What the trained weights depend on."""
@@ -213,22 +238,28 @@ def load_data(
     return shuffled, loader(limited_test, EVAL_BATCH_SIZE, workers, image_size), list(train.classes)
 
 
-def parameter_groups(vit: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: the head at its own rate; no decay of biases, norms, tokens and position embeddings."""
+def parameter_groups(
+    learning: nn.Module, vit: nn.Module, lr: float, head_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups: the head at its own rate; no decay of biases, norms, tokens and position embeddings.
+
+    `learning` is `vit`, or runs its modules.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    spared = vit.no_weight_decay()
-    for name, parameter in vit.named_parameters():
-        decay = 0.0 if parameter.ndim < 2 or name in spared else weight_decay
+    names = vit.no_weight_decay()
+    spared = {id(parameter) for name, parameter in vit.named_parameters() if any(one in name for one in names)}
+    for name, parameter in learning.named_parameters():
+        decay = 0.0 if parameter.ndim < 2 or id(parameter) in spared else weight_decay
         groups.setdefault((head_lr if name.startswith("head") else lr, decay), []).append(parameter)
     return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
 
-def patch_dropout(vit: nn.Module) -> nn.Module:
-    """timm's module that leaves patches out of a model in training. Raises `UserError` where the model takes none."""
+def patch_dropout(vit: nn.Module) -> nn.Module | None:
+    """timm's module that leaves patches out of a model in training; None where the model takes none."""
     import timm.layers
 
     if not hasattr(vit, "patch_drop"):
-        raise UserError(f"--patch_drop: timm's {type(vit).__name__} cannot leave patches out; leave out the flag")
+        return None
     if vit.patch_drop is not None:
         return timm.layers.PatchDropout(num_prefix_tokens=vit.num_prefix_tokens)
     # Models that look positions up by block are told which patches are left, by one of two names.
@@ -244,15 +275,23 @@ class Trainer:
     def __init__(self, vit: nn.Module, train: DataLoader, config: TrainConfig) -> None:
         from timm.scheduler import CosineLRScheduler
 
+        from models import SparseViT
+
         self.device = pick_device(config.device)
         self.dtype = getattr(torch, pick_dtype(config.dtype, self.device))
         self.vit = vit.requires_grad_(True).to(self.device)
         self.train = train
         self.noise, self.patch_drop = config.noise, config.patch_drop
+        self.sparse: SparseViT | None = None
+        """The model on kept patches, where timm's cannot leave patches out; what it learns timm's modules learn."""
         if self.patch_drop:
-            vit.patch_drop = patch_dropout(vit)
+            dropout = patch_dropout(vit)
+            if dropout is None:
+                self.sparse = SparseViT(self.vit)
+            else:
+                vit.patch_drop = dropout
         self.loss = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        groups = parameter_groups(vit, config.lr, config.head_lr or config.lr, config.weight_decay)
+        groups = parameter_groups(self.sparse or vit, vit, config.lr, config.head_lr or config.lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -279,7 +318,7 @@ class Trainer:
         epoch, total, seen = len(self.history), 0.0, 0
         bar = tqdm(self.train, f"epoch {epoch + 1}", leave=False, dynamic_ncols=True)
         for step, (images, labels) in enumerate(bar, start=1 + epoch * len(self.train)):
-            loss = self.loss(self._logits(self._impaired(images)), labels.to(self.device, non_blocking=True))
+            loss = self.loss(self._taught(self._impaired(images)), labels.to(self.device, non_blocking=True))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -298,7 +337,7 @@ class Trainer:
         A small model does not learn by itself what large ones do, to recognize an object by some of its patches
         (Naseer et al., NeurIPS 2021); sparse inversion and its use rest on that.
         """
-        if self.patch_drop:
+        if self.patch_drop and self.sparse is None:
             self.vit.patch_drop.prob = self.patch_drop * torch.rand(()).item()
         if not self.noise:
             return images
@@ -314,6 +353,16 @@ class Trainer:
             correct = sum((self._logits(images).argmax(1).cpu() == labels).sum().item() for images, labels in test)
         tell_transparent(test.dataset)
         return round(100 * correct / len(test.dataset), 2)
+
+    def _taught(self, images: Tensor) -> Tensor:
+        """Logits of a step's images; of random patches of them where it is not timm that leaves some out."""
+        if self.sparse is None:
+            return self._logits(images)
+        grid, images = self.sparse.grid, images.to(self.device, non_blocking=True)
+        kept = max(1, round(grid.count * (1 - self.patch_drop * torch.rand(()).item())))
+        positions = torch.rand(len(images), grid.count).argsort(dim=1)[:, :kept].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.sparse(grid.taken(images, positions), positions).logits.float()
 
     def _logits(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -357,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate after each epoch, save."""
     config = parse_arguments(argv)
     from models import load_model
+    from models.registry import new_model
     from utils.checkpoint import Checkpoint
 
     classes = count_classes(config.data, config.dataset)
@@ -364,7 +414,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = Checkpoint(folder, config.settings(), made_by_run="model.safetensors")
     seed_all(config.seed)
     source = ModelConfig(config.model, config.model_path, config.key, config.img_size)
-    loaded = load_model(source, random_weights=config.init == "scratch", classes=classes)
+    if config.model_args:
+        loaded = new_model(config.model, config.architecture(), classes, "--model_args")
+    else:
+        loaded = load_model(source, random_weights=config.init == "scratch", classes=classes)
     train, test, labels = load_data(config, loaded.preprocessing, classes)
     trainer = Trainer(loaded.vit, train, config)
     if checkpoint.state is not None:

@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, cifar_state):
         ("deit_nano_4_digit", "deit_nano_4_digits"),
         ("vit_tiny_patch16_225", "vit_tiny_patch16_224"),
         ("resnet50", "ResNet"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("xcit_nano_12_p16_224", "Xcit"),
         ("local-dir:/nowhere", r"config\.json"),
         ("deit_tiny_16_cifar10", "--model_path"),
     ],
