@@ -48,7 +48,8 @@ class Reference:
     """One iteration in plain code: everything that a first implementation does, and nothing to make it fast.
 
     Stock timm model in float32 with weights that require gradients; attention matrices of all blocks formed and kept;
-    patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`.
+    patch embedding of the full image and a gather after it; TV, Adam and clamp over the full image; `.item()`. A
+    model with attention in windows is run on the full image.
 
     `backend` of `torch.compile`: instead in the engine's number format, compiled, timm's attention, nothing kept of it.
     """
@@ -64,9 +65,10 @@ class Reference:
         self.dtype = torch.float32 if backend is None else getattr(torch, config.dtype)
         self.vit = copy.deepcopy(model.vit).to(device, self.dtype).requires_grad_(True)
         self.attention: list[torch.Tensor] = []
-        for block in self.vit.blocks if backend is None else ():
-            block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
+        attentions = [module for module in self.vit.modules() if hasattr(module, "attn_drop")]
+        for attn in attentions if backend is None else ():
+            attn.fused_attn = False
+            attn.attn_drop.register_forward_hook(lambda module, inputs, output: self.attention.append(output))
         self.config, self.positions = config, positions
         size = (config.batch_size, *model.preprocessing.input_size)
         generator = torch.Generator().manual_seed(0)
@@ -74,7 +76,7 @@ class Reference:
         self.labels = torch.randint(model.classes, (config.batch_size,), generator=generator).to(device)
         self.optimizer = torch.optim.Adam([self.images], lr=config.lr, betas=(0.5, 0.99))
         self.low, self.high = (model.preprocessing.normalize(torch.full((3, 1, 1), v)).to(device) for v in (0.0, 1.0))
-        self.dense = positions.shape[1] == model.vit.patch_embed.num_patches
+        self.dense = positions.shape[1] == model.grid.count
         with FlopCounterMode(display=False) as counter:
             self.step(Jitter(0, 0, False))
         self.flops = counter.get_total_flops()
@@ -95,6 +97,8 @@ class Reference:
         return loss.item()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.vit, "_pos_embed"):
+            return self.vit(images)
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
         if not self.dense:
             prefix = self.vit.num_prefix_tokens
