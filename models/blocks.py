@@ -86,6 +86,7 @@ class SparseBlock(nn.Module):
         self.position = Position() if position is None else position
         self.tap_q, self.tap_k, self.tap_v = nn.Identity(), nn.Identity(), nn.Identity()
         self.tap_scores, self.tap_probs = nn.Identity(), nn.Identity()
+        self.tap_qkv, self.tap_proj, self.tap_mlp = nn.Identity(), nn.Identity(), nn.Identity()
         self.tap_attn_sum, self.tap_mlp_sum = nn.Identity(), nn.Identity()
 
     @property
@@ -145,11 +146,11 @@ class SparseBlock(nn.Module):
     def attention_change(self, x: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and its output, not projected."""
         out, attended = self._attended(self.norm1(x), queries, where)
-        return self.ls1(self.proj(out)), attended
+        return self.ls1(self.tap_proj(self.proj(out))), attended
 
     def mlp_change(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) -> what the MLP adds to them."""
-        return self.ls2(self.mlp(self.norm2(x)))
+        return self.ls2(self.tap_mlp(self.mlp(self.norm2(x))))
 
     def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) -> what each of the first Q gives each token (B, Q, T), mean over heads."""
@@ -187,7 +188,7 @@ class SparseBlock(nn.Module):
 
     def _qkv(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> queries (B, heads, Q, head_dim), keys and values (B, heads, T, head_dim)."""
-        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.tap_qkv(self.qkv(y)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q[:, :, :queries]), self.k_norm(k)
         q, k = self.position.turned(q, where), self.position.turned(k, where)
         return self.tap_q(q), self.tap_k(k), self.tap_v(v)
@@ -214,7 +215,8 @@ class SparseBlock(nn.Module):
 
     def _folds(self) -> bool:
         """Whether keys and values are plain products, which `_attention_of_few` moves behind the sum over tokens."""
-        between = (self.q_norm, self.k_norm, self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs)
+        taps = self.tap_qkv, self.tap_q, self.tap_k, self.tap_v, self.tap_scores, self.tap_probs
+        between = self.q_norm, self.k_norm, *taps
         identities = all(type(module) is nn.Identity for module in between) and type(self.position) is Position
         linear = all(type(getattr(self, name)) is nn.Linear for name in self.sources)
         return identities and linear and not self.plain

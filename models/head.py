@@ -38,6 +38,7 @@ class Head(nn.Module):
         self.pool_type, self.include_prefix, self.prefix_tokens = pool_type, include_prefix, prefix_tokens
         self.attn_pool, self.head, self.head_dist = attn_pool, head, head_dist
         self.fc_norm = nn.Identity() if fc_norm is None else fc_norm
+        self.tap_logits = nn.Identity()
 
     def features(self, x: Tensor) -> Tensor:
         """Normalized tokens (B, T, D) -> what the classifier reads: (B, D), of a distilled model (B, 2, D)."""
@@ -78,8 +79,8 @@ class Head(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Features -> logits (B, classes)."""
         if self.head_dist is not None:
-            return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
-        return self.head(features)
+            return self.tap_logits((self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2)
+        return self.tap_logits(self.head(features))
 
     def _pooled_tokens(self, x: Tensor) -> Tensor:
         return x if self.include_prefix else x[:, self.prefix_tokens :]

@@ -82,7 +82,9 @@ class SparseViT(nn.Module):
         self.prefix_tokens = sum(x.shape[1] for x in (self.cls_token, self.other_tokens) if x is not None)
         self.prefix_has_positions = parts.prefix_has_positions
         self.norm_pre, self.places = parts.norm_pre, parts.places
+        self.tap_patches, self.tap_joined, self.tap_positions = nn.Identity(), nn.Identity(), nn.Identity()
         self.tap_embed = nn.Identity()
+        self.every_token = False
         self.blocks = nn.ModuleList(parts.blocks)
         self.norm, self.head = parts.norm, parts.head
         self.eval()
@@ -106,7 +108,12 @@ class SparseViT(nn.Module):
 
     @property
     def last_queries(self) -> int | None:
-        """How many tokens of the last block's output the head reads: the first so many, or all of them (None)."""
+        """How many tokens of the last block's output the head reads: the first so many, or all of them (None).
+
+        All are computed where `every_token` asks for it.
+        """
+        if self.every_token:
+            return None
         return self.head.prefix_tokens if self.head.reads_prefix_only else None
 
     def largest(self, tokens: int) -> int:
@@ -227,7 +234,7 @@ class SparseViT(nn.Module):
                 weight = either.index_select(0, mirrored.view(1)).squeeze(0)
             x = F.linear(flat, weight, self.patch_proj.bias)
         prefix, pos_embed = self.prefix_and_positions()
-        x = self.patch_norm(x)
+        x = self.tap_joined(self.tap_patches(self.patch_norm(x)))
         x = x if pos_embed is None else x + pos_embed[positions]
         if prefix is not None:
             x = torch.cat([prefix.expand(batch, -1, -1), x], dim=1)
@@ -236,12 +243,13 @@ class SparseViT(nn.Module):
     def prefix_and_positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Prefix tokens with their position embeddings (1, P, D), and the patches' position embeddings (N, D)."""
         tokens = [token for token in (self.cls_token, self.other_tokens) if token is not None]
-        prefix = torch.cat(tokens, dim=1) if tokens else None
+        prefix = self.tap_joined(torch.cat(tokens, dim=1)) if tokens else None
         if self.pos_embed is None:
             return prefix, None
+        positions = self.tap_positions(self.pos_embed)
         if prefix is None or not self.prefix_has_positions:
-            return prefix, self.pos_embed[0]
-        return prefix + self.pos_embed[:, : self.prefix_tokens], self.pos_embed[0, self.prefix_tokens :]
+            return prefix, positions[0]
+        return prefix + positions[:, : self.prefix_tokens], positions[0, self.prefix_tokens :]
 
 
 def grid_of(vit: nn.Module) -> PatchGrid:

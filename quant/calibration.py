@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from models import SparseImages, SparseViT
+from models.blocks import SparseBlock
 from quant.compensation import compensate
 from quant.config import QuantConfig
-from quant.insert import observers, places, quantized_vit, quantizers, wrapped
+from quant.insert import observers, places, quantized_layers, quantized_vit, quantizers, wrapped
 from quant.observers import OBSERVERS, MinMaxObserver, Observer
 from quant.reconstruction import FinishedStages, reconstruct
 from quant.reparameterization import norm_sites, reparameterize
@@ -77,6 +78,8 @@ def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
     chosen = config.resolved(rotates=bool(parts))
     if chosen.rotate and not parts:
         raise UserError(f"--rotate: nothing of this model can be rotated: {'; '.join(parts.refused())}")
+    if OBSERVERS[chosen.observer].published and any(type(block) is not SparseBlock for block in vit.blocks):
+        raise UserError("--observer published is for plain Vision Transformers; take minmax")
     chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
     return chosen
 
@@ -129,13 +132,18 @@ def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tup
     reference, fixed = rotated(vit, config.seed) if config.rotate else vit, {}
     if OBSERVERS[config.method].reparameterize:
         reference, fixed = _reparameterized(reference, images, config)
-    quantized = quantized_vit(reference, config)
+    quantized, published = quantized_vit(reference, config), OBSERVERS[config.method].published
+    quantized.every_token = published
     for name, (scale, zero_point) in fixed.items():
         quantized.get_submodule(f"{name}.quantizer").fix(scale, zero_point)
     _observe(quantized, observers(quantized), images, config.batch_size)
     for quantizer in quantizers(quantized).values():
         if quantizer.observer is not None:
             quantizer.freeze()
+    quantized.every_token = False
+    if published and not config.compensate:
+        for layer in quantized_layers(quantized).values():
+            layer.round_weight()
     return wrapped(reference), quantized
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from models import LoadedModel, SparseViT
 from quant.config import INT4_OPSET, OLDEST_OPSET, QuantConfig, stores_int4
 from quant.insert import quantized_vit, quantizers
+from quant.observers import OBSERVERS
 from quant.quantizers import largest_value_scale
 from utils.device import multiplies_bytes
 from utils.errors import UserError
@@ -60,6 +61,8 @@ def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, op
     if path.is_dir():
         raise UserError(f"--export {file} is a folder")
     writable_folder(path.parent, "--export")
+    if OBSERVERS[config.method].published:
+        raise UserError("--export: of --observer published much is only added, which no file holds; take minmax")
     vit = SparseViT(model.vit)
     require_exportable(vit)
     if model.preprocessing.crop_mode not in ("squash", "center"):

@@ -17,6 +17,7 @@ from quant.quantizers import (
     LogSqrt2Quantizer,
     largest_value_scale,
     least_error_scale,
+    published_scale,
     round_weight,
 )
 
@@ -43,11 +44,17 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.quantizer, self.linear, self.w_bit = quantizer, linear, w_bit
         self.register_buffer("weight_scale", weight_scale)
-        if weight_scale is not None and rounded:
-            linear.weight = nn.Parameter(round_weight(linear.weight, weight_scale, w_bit), requires_grad=False)
+        if rounded:
+            self.round_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.quantizer(x))
+
+    def round_weight(self) -> None:
+        """Round the weight, where that has waited."""
+        if self.weight_scale is not None:
+            rounded = round_weight(self.linear.weight, self.weight_scale, self.w_bit)
+            self.linear.weight = nn.Parameter(rounded, requires_grad=False)
 
     def integers(self) -> Tensor:
         """The weight in units of its scale, int8 (out, in)."""
@@ -78,10 +85,10 @@ def quantized_vit(
     if config.w_bit == config.a_bit == 32:
         return vit
     method = OBSERVERS[config.method]
-    waits = config.compensate and scale_of is None
+    waits = (config.compensate or method.published) and scale_of is None
     if scale_of is None:
         searched = method.least_error_weights and not waits
-        scale_of = least_error_scale if searched else largest_value_scale
+        scale_of = least_error_scale if searched else published_scale if method.published else largest_value_scale
     found = places(vit, method)
     for name, (w_bit, a_bit) in config.widths(list(found), len(vit.blocks)).items():
         quantizer: nn.Module = nn.Identity()

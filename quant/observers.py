@@ -186,15 +186,20 @@ class Method:
     """One range for each head of q, k, v and softmax outputs."""
     wide_input: bool = False
     """The patch projection's input at 8 bits or more, as images have them."""
+    published: bool = False
+    """As SMI's and PSAQ-ViT's code has it: ranges of the full-precision model, of all tokens, `published_scale`."""
 
 
-# Every residual sum, the embeddings and the scores: what the paper's code quantizes.
-PUBLISHED = ("q", "k", "v", "scores", "attn_sum", "mlp_sum", "embed")
+# Every residual sum, the embeddings and the scores.
+SUMS = ("q", "k", "v", "scores", "attn_sum", "mlp_sum", "embed")
+# With the inputs of linear layers what SMI's and PSAQ-ViT's code quantizes; softmax outputs it does not.
+PUBLISHED = ("patches", "joined", "positions", "embed", "qkv", "scores", "proj", "attn_sum", "mlp", "mlp_sum", "logits")
 # With the inputs of linear layers these are the factors of every matrix product.
 FACTORS = ("q", "k", "v", "probs")
 
 OBSERVERS: dict[str, Method] = {
-    "minmax": Method(MinMaxObserver, PUBLISHED, least_error_weights=False),
+    "minmax": Method(MinMaxObserver, SUMS, least_error_weights=False),
+    "published": Method(MinMaxObserver, PUBLISHED, least_error_weights=False, published=True),
     "percentile": Method(PercentileObserver, FACTORS),
     "mse": Method(MSEObserver, FACTORS),
     "repq": Method(MSEObserver, FACTORS, reparameterize=True, log_probs=True),

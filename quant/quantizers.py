@@ -110,6 +110,11 @@ def largest_value_scale(weight: Tensor, bits: int) -> Tensor:
     return (weight.detach().abs().amax(dim=1) / (2 ** (bits - 1) - 1)).clamp(min=EPS)
 
 
+def published_scale(weight: Tensor, bits: int) -> Tensor:
+    """The scale (out,) of SMI's code: the largest magnitude over half of the levels, so that it is rounded down."""
+    return (weight.detach().abs().amax(dim=1) / ((2**bits - 1) / 2)).clamp(min=EPS)
+
+
 def least_error_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
     """The scale (out,) of each output channel of a weight (out, in) with the least squared rounding error."""
     weight, high = weight.detach(), 2 ** (bits - 1) - 1
