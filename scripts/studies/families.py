@@ -88,9 +88,7 @@ def top1(name: str, script: str, arguments: Sequence[str]) -> float:
         print(f"== {name}: {script} {' '.join(arguments)}", flush=True)
         _main(script)(list(arguments))
     found = json.loads(report.read_text())
-    return {"train": lambda: found["top1"], "quant": lambda: found["quantized"]["top1"]}.get(
-        script, lambda: found["student"]["top1"]
-    )()
+    return (found if script == "train" else found[{"quant": "quant", "kt": "student"}[script]])["top1"]
 
 
 def _main(script: str):
