@@ -26,8 +26,8 @@ from utils.errors import UserError
 from utils.files import writable_folder
 from utils.report import table
 
-PLAIN = "img_size=32 patch_size=4 embed_dim=96 depth=6 num_heads=3"
-WINDOWS = "img_size=32 patch_size=2 embed_dim=48 depths=2,4 num_heads=3,6 window_size=4"
+PLAIN = "img_size=32 patch_size=4 embed_dim=64 depth=4 num_heads=2"
+WINDOWS = "img_size=32 patch_size=2 embed_dim=32 depths=2,2 num_heads=2,4 window_size=4"
 # LayerScale that starts near zero takes longer than these trainings to grow.
 ROWS: dict[str, tuple[str, str]] = {
     "VisionTransformer": ("deit_tiny_patch16_224", PLAIN),
@@ -45,7 +45,7 @@ SCHEDULE = "--prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.01 --no-flip"
 QUANT = f"--iterations 200 --prune_it 10 20 30 40 {SCHEDULE}"
 KT = (
     f"--student_init scratch --finetune full --iterations 100 --prune_it 4 8 12 16 {SCHEDULE} --epochs 4 "
-    "--images_per_epoch 100 --kd_steps 200 --eval_every 4 --optimizer adamw --lr 1e-3 --kd_lr_schedule cosine "
+    "--images_per_epoch 100 --kd_steps 100 --eval_every 4 --optimizer adamw --lr 1e-3 --kd_lr_schedule cosine "
     "--augment contrast grey mix shift scatter noise"
 )
 RUNS = {
@@ -60,7 +60,7 @@ def parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", metavar="NAME", help=f"rows; default all: {', '.join(ROWS)}")
-    parser.add_argument("--epochs", type=positive, default=60, help="of a teacher's training; default 60")
+    parser.add_argument("--epochs", type=positive, default=30, help="of a teacher's training; default 30")
     parser.add_argument("--output", default="./runs/families", metavar="DIR", help="where everything goes")
     return parser
 
