@@ -251,7 +251,7 @@ class Graph:
         return self.op("Mul", out, self.op("Sigmoid", gate))
 
     def mixed_heads(self, x: str, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> str:
-        """(B, heads, Q, T) -> the same of other heads, each a mix by `weight` (heads, heads of its group) and `bias`."""
+        """(B, heads, Q, T) -> the same of as many heads as `weight` (heads, heads of a group) has, each a mix."""
         constants = [self.constant(weight[:, :, None, None])] + ([] if bias is None else [self.constant(bias)])
         return self.op("Conv", x, *constants, group=groups)
 
