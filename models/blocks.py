@@ -6,7 +6,7 @@ What a kind of block has besides is a subclass in the file of its family (`model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,11 @@ class SparseBlock(nn.Module):
         """Tokens (B, T, D) -> what each of the first Q gives each token (B, Q, T), mean over heads."""
         q, k, _ = self._qkv(self.norm1(x), queries, where)
         return self._probs(q, k, where).mean(dim=1)
+
+    def write_probs(self, graph: Any, scores: str) -> str:
+        """Scores (B, heads, Q, T) -> what multiplies the values, as operators of an ONNX `quant.onnx_graph.Graph`."""
+        scores = graph.quantized(scores, self.tap_scores)
+        return graph.quantized(graph.op("Softmax", scores, axis=-1), self.tap_probs)
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """Operations in the layers, and between tokens, of `forward` on one image."""

@@ -8,11 +8,11 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import LoadedModel, SparseViT
 from quant.config import INT4_OPSET, OLDEST_OPSET, QuantConfig, stores_int4
@@ -39,8 +39,8 @@ def default_opset(config: QuantConfig) -> int:
 def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, opset: int | None = None) -> None:
     """Raise `UserError` unless `export` will succeed, as far as can be told without the quantized model.
 
-    The packages are there and take this opset, which the last block of the model tries, the file can be written, and
-    all of the model can be exported.
+    The packages are there and take this opset, which a block of every kind and width tries, the file can be written,
+    and all of the model can be exported.
     """
     for package in PACKAGES:
         try:
@@ -67,8 +67,17 @@ def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, op
     require_exportable(vit)
     if model.preprocessing.crop_mode not in ("squash", "center"):
         raise UserError(f"--export: images cropped by '{model.preprocessing.crop_mode}' cannot be exported")
-    vit.blocks = vit.blocks[-1:]
+    vit.blocks = nn.ModuleList(_one_of_each(vit.blocks))
     _require_runtime(quantized_vit(vit, dataclasses.replace(config, keep=()), largest_value_scale), config, opset)
+
+
+def _one_of_each(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The first block of every row of those of one kind and width; each is fed what the one before it gives."""
+    last = None
+    for block in blocks:
+        if (type(block), block.hidden) != last:
+            yield block
+        last = type(block), block.hidden
 
 
 def _require_runtime(vit: SparseViT, config: QuantConfig, opset: int) -> None:

@@ -7,11 +7,14 @@ turns into an integer product with a floating-point result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, Mlp, RmsNorm, SwiGLU
+from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from models import SparseViT
@@ -34,18 +37,20 @@ def require_exportable(vit: SparseViT) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
     def require_mlp(mlp: nn.Module) -> None:
-        if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        in_a_row = type(mlp) is nn.Sequential and [name for name, _ in mlp.named_children()] == ["fc1", "act", "fc2"]
+        if type(mlp) not in (Mlp, GluMlp, SwiGLU) and not in_a_row:
             refuse(f"an MLP of the kind {type(mlp).__name__}")
-        if gelu(mlp.act) is None and not isinstance(mlp.act, nn.SiLU):
+        if gelu(mlp.act) is None and not isinstance(mlp.act, nn.SiLU | QuickGELU):
             refuse(f"the activation {type(mlp.act).__name__}")
 
     head, norms = vit.head, [vit.patch_norm, vit.norm_pre, vit.norm, vit.head.fc_norm]
-    for block in vit.blocks:
+    parts = [module for module in vit.blocks.modules() if isinstance(module, SparseBlock)]
+    for block in (*vit.blocks, *parts):
         if type(block) is not SparseBlock and not hasattr(block, "write"):
             refuse(f"a block of the kind {type(block).__name__}")
+    for block in parts:
         require_mlp(block.mlp)
-        norms += [block.norm1, block.norm2, block.attn_norm, block.mlp.norm]
-        norms += [] if hasattr(block, "write") else [block.q_norm, block.k_norm]
+        norms += [block.norm1, block.norm2, block.attn_norm, block.q_norm, block.k_norm, mlp_norm(block.mlp)]
         norms += [scale for scale in (block.ls1, block.ls2) if not isinstance(scale, LayerScale)]
     if head.attn_pool is not None:
         pool = head.attn_pool
@@ -54,11 +59,10 @@ def require_exportable(vit: SparseViT) -> None:
         if pool.mlp is not None:
             require_mlp(pool.mlp)
         norms += [pool.norm, pool.q_norm, pool.k_norm]
-    elif head.pool_type not in ("token", "avg"):
-        refuse("a pooling other than the class token's, the mean and a latent token's")
     for norm in norms:
-        if not isinstance(norm, (*NORMS, nn.Identity)):
-            refuse(f"the norm {type(norm).__name__}")
+        for part in norm.children() if hasattr(norm, "write") else (norm,):
+            if not isinstance(part, (*NORMS, nn.Identity)):
+                refuse(f"the norm {type(part).__name__}")
     if 4 * sum(parameter.numel() for parameter in vit.parameters()) >= 2**31:
         refuse("a model of 2 GB or more")
 
@@ -94,8 +98,31 @@ def onnx_model(vit: SparseViT, metadata: dict[str, str], opset: int) -> onnx.Mod
     return model
 
 
+def mlp_norm(mlp: nn.Module) -> nn.Module:
+    """The norm between the layers of an MLP, or nothing."""
+    return getattr(mlp, "norm", nn.Identity())
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens between blocks: the name of their rows (B * tokens, width), and the tap that has yet to quantize them.
+
+    Tokens are chosen before they are quantized: with int8 ONNX Runtime's optimizer fails on a reshape behind it.
+    """
+
+    rows: str
+    tap: nn.Module
+    tokens: int
+    width: int
+
+
 class Graph:
-    """Nodes and constants as they are written; every method returns the name of its result."""
+    """Nodes and constants as they are written; methods return the name of their result, those of blocks a `Stream`.
+
+    A block that is not exactly a `SparseBlock` has a method `write(graph, stream, queries, where)`, which gives the
+    stream behind it: of the first `queries` tokens, or of all of them if that is None; `where` is what
+    `SparseViT.where` says of one whole image. A norm of its own has `write(graph, rows)`.
+    """
 
     def __init__(self, opset: int) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -116,11 +143,13 @@ class Graph:
         return names if outputs > 1 else names[0]
 
     def reshape(self, x: str, *shape: int) -> str:
-        """`x` with another shape; -1 for what follows from the rest."""
+        """`x` with another shape; -1 for what follows from the rest, 0 for what it is."""
         return self.op("Reshape", x, self.constant(list(shape), np.int64))
 
     def norm(self, x: str, norm: nn.Module) -> str:
-        """A layer norm or an RMS norm over the last axis, or nothing."""
+        """A layer norm or an RMS norm over the last axis, one that writes itself, or nothing."""
+        if hasattr(norm, "write"):
+            return norm.write(self, x)
         if isinstance(norm, nn.Identity):
             return x
         if not isinstance(norm, nn.LayerNorm):
@@ -151,22 +180,98 @@ class Graph:
             hidden = self.op("Mul", self.activated(gate, mlp.act), value)
         else:
             hidden = self.activated(self.linear(x, mlp.fc1), mlp.act)
-        return self.linear(self.norm(hidden, mlp.norm), mlp.fc2)
+        return self.linear(self.norm(hidden, mlp_norm(mlp)), mlp.fc2)
 
     def activated(self, x: str, act: nn.Module) -> str:
-        """GELU or SiLU."""
-        return self.op("Mul", x, self.op("Sigmoid", x)) if isinstance(act, nn.SiLU) else self.gelu(x, gelu(act))
+        """GELU, SiLU or quick GELU, which is x sigmoid(1.702 x)."""
+        if isinstance(act, nn.SiLU | QuickGELU):
+            inner = self.op("Mul", x, self.constant(1.702)) if isinstance(act, QuickGELU) else x
+            return self.op("Mul", x, self.op("Sigmoid", inner))
+        return self.gelu(x, gelu(act))
+
+    def in_turn(self, block: SparseBlock, stream: Stream, queries: int | None, where: Any) -> Stream:
+        """A block of attention, then MLP."""
+        entering, asking = self.entering(stream, queries)
+        out = self.attended(block, self.norm(entering, block.norm1), stream, queries, where)
+        rows = self.behind_attention(block, asking, out)
+        return replace(stream, rows=rows, tap=block.tap_mlp_sum, tokens=queries or stream.tokens)
+
+    def entering(self, stream: Stream, queries: int | None) -> tuple[str, str]:
+        """Quantized rows of all tokens, and of the first `queries` of every image."""
+        rows = self.quantized(stream.rows, stream.tap)
+        if queries is None:
+            return rows, rows
+        return rows, self.quantized(self.first(stream.rows, queries, stream.tokens, stream.width), stream.tap)
+
+    def first(self, rows: str, queries: int | None, tokens: int, size: int) -> str:
+        """Rows of `tokens` tokens an image, (B * tokens, size) -> those of the first `queries`; None: all."""
+        if queries is None:
+            return rows
+        return self.reshape(self.sliced(self.reshape(rows, -1, tokens, size), 0, queries), -1, size)
+
+    def sliced(self, x: str, start: int, end: int) -> str:
+        """Tokens (B, T, ..) from `start` to `end`."""
+        return self.op("Slice", x, *(self.constant([value], np.int64) for value in (start, end, 1)))
+
+    def in_front(self, same: Tensor, x: str) -> str:
+        """Tokens (1, P, D), which are the same for all images, in front of (B, T, D)."""
+        batch = self.op("Shape", x, start=0, end=1)
+        shape = self.op("Concat", batch, self.constant(list(same.shape[1:]), np.int64), axis=0)
+        return self.op("Concat", self.op("Expand", self.constant(same), shape), x, axis=1)
+
+    def attended(self, block: SparseBlock, y: str, stream: Stream, queries: int | None, where: Any) -> str:
+        """Normalized rows of a stream -> rows of the first `queries` tokens that the projection of attention reads."""
+        tokens, inner, width = stream.tokens, plain(block.proj).in_features, plain(block.proj).out_features
+
+        def of_heads(rows: str, heads: int, count: int, norm: nn.Module | None = None) -> str:
+            rows = self.reshape(rows, -1, count, heads, inner // heads)
+            return rows if norm is None else self.norm(rows, norm)
+
+        if len(block.sources) == 1:
+            q, k, v = self.parts(self.linear(y, block.qkv), 3)
+            q = self.first(q, queries, tokens, inner)
+        else:
+            q, k, v = (getattr(block, name) for name in block.sources)
+            q = self.linear(self.first(y, queries, tokens, width), q)
+            k, v = self.linear(y, k), self.linear(y, v)
+        q = of_heads(q, block.score_heads, queries or tokens, block.q_norm)
+        q = self.quantized(
+            self.turned(q, block.position, where, tokens, queries), block.tap_q, (0, 2, 1, 3), block.scale
+        )
+        k = of_heads(k, block.score_heads, tokens, block.k_norm)
+        k = self.quantized(self.turned(k, block.position, where, tokens), block.tap_k, (0, 2, 3, 1))
+        v = self.quantized(of_heads(v, block.heads, tokens), block.tap_v, (0, 2, 1, 3))
+        scores, bias = self.op("MatMul", q, k), block.position.bias(where)
+        scores = scores if bias is None else self.op("Add", scores, self.constant(bias[:, :, :queries]))
+        out = self.op("MatMul", block.write_probs(self, scores), v)
+        out = self.norm(self.reshape(self.op("Transpose", out, perm=(0, 2, 1, 3)), -1, inner), block.attn_norm)
+        if block.gate is None:
+            return out
+        gate = self.linear(self.first(y, queries, tokens, width), block.gate)
+        return self.op("Mul", out, self.op("Sigmoid", gate))
+
+    def mixed_heads(self, x: str, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> str:
+        """(B, heads, Q, T) -> the same of as many heads as `weight` (heads, heads of a group) has, each a mix."""
+        constants = [self.constant(weight[:, :, None, None])] + ([] if bias is None else [self.constant(bias)])
+        return self.op("Conv", x, *constants, group=groups)
 
     def behind_attention(self, block: SparseBlock, x: str, out: str) -> str:
         """Rows of the stream and of what attention put out -> rows behind the block, its last sum not quantized yet."""
-        out = self.scaled(self.linear(out, block.proj), block.ls1)
-        x = self.quantized(self.op("Add", x, out), block.tap_attn_sum)
-        return self.op("Add", x, self.scaled(self.mlp(self.norm(x, block.norm2), block.mlp), block.ls2))
+        x = self.quantized(self.op("Add", x, self.attention_change(block, out)), block.tap_attn_sum)
+        return self.op("Add", x, self.mlp_change(block, x))
 
-    def unit(self, x: str, size: int) -> str:
-        """Vectors along the last axis, of so many numbers, of length one."""
-        squares = self.op("Mul", self.mean(self.op("Mul", x, x), -1, keep=True), self.constant(float(size)))
-        return self.op("Div", x, self.op("Max", self.op("Sqrt", squares), self.constant(1e-12)))
+    def attention_change(self, block: SparseBlock, out: str) -> str:
+        """Rows of what attention put out -> what is added to the stream."""
+        return self.scaled(self.linear(out, block.proj), block.ls1)
+
+    def mlp_change(self, block: SparseBlock, x: str) -> str:
+        """Rows of the stream -> what the MLP adds to them."""
+        return self.scaled(self.mlp(self.norm(x, block.norm2), block.mlp), block.ls2)
+
+    def unit(self, x: str) -> str:
+        """Vectors along the last axis, of length one."""
+        length = self.over_axis("ReduceL2", x, -1, keep=True)
+        return self.op("Div", x, self.op("Max", length, self.constant(1e-12)))
 
     def gathered(self, rows: str, index: Tensor, tokens: int, size: int) -> str:
         """Rows of `tokens` tokens an image, (B * tokens, size) -> those at `index`, (B * len(index), size)."""
@@ -258,9 +363,22 @@ class Graph:
 
     def mean(self, x: str, axis: int = 1, keep: bool = False) -> str:
         """The mean over an axis."""
+        return self.over_axis("ReduceMean", x, axis, keep)
+
+    def pooled(self, x: str, kind: str) -> str:
+        """Tokens (B, T, D) -> (B, D): their mean (`avg`), the largest value (`max`), or the mean of both (`avgmax`)."""
+        if kind == "avg":
+            return self.mean(x)
+        largest = self.over_axis("ReduceMax", x, 1, keep=False)
+        if kind == "max":
+            return largest
+        return self.op("Mul", self.op("Add", largest, self.mean(x)), self.constant(0.5))
+
+    def over_axis(self, kind: str, x: str, axis: int, keep: bool) -> str:
+        """What an operator of this kind makes of the numbers along an axis."""
         if self.opset < 18:
-            return self.op("ReduceMean", x, axes=[axis], keepdims=int(keep))
-        return self.op("ReduceMean", x, self.constant([axis], np.int64), keepdims=int(keep))
+            return self.op(kind, x, axes=[axis], keepdims=int(keep))
+        return self.op(kind, x, self.constant([axis], np.int64), keepdims=int(keep))
 
     def gelu(self, x: str, approximate: str) -> str:
         """`torch.nn.functional.gelu`; written out as runtimes know it again and fuse it."""
@@ -298,82 +416,34 @@ def _write(graph: Graph, vit: SparseViT) -> None:
     prefix, positions = vit.prefix_and_positions()
     if positions is not None:
         x = graph.op("Add", x, graph.constant(positions[None]))
-    tokens = grid.count
+    tokens = grid.count * side**2
     if prefix is not None:
-        batch = graph.op("Shape", x, start=0, end=1)
-        shape = graph.op("Concat", batch, graph.constant(list(prefix.shape[1:]), np.int64), axis=0)
-        x = graph.op("Concat", graph.op("Expand", graph.constant(prefix), shape), x, axis=1)
+        x = graph.in_front(prefix, x)
         tokens += prefix.shape[1]
     x, tap, where = graph.reshape(x, -1, width), vit.tap_embed, vit.where(grid.all_positions(1))
     if not isinstance(vit.norm_pre, nn.Identity):
         x, tap = graph.norm(graph.quantized(x, tap), vit.norm_pre), nn.Identity()
+    stream = Stream(x, tap, tokens, width)
     for block in vit.blocks:
         queries = vit.last_queries if block is vit.blocks[-1] else None
-        if hasattr(block, "write"):
-            x = block.write(graph, graph.quantized(x, tap), where)
+        if type(block) is SparseBlock:
+            stream = graph.in_turn(block, stream, queries, where)
         else:
-            x = _block(graph, block, x, tap, tokens, queries, width, where)
-        tap = block.tap_mlp_sum
-    _head(graph, vit, x, tap, vit.last_queries or tokens, plain(vit.blocks[-1].proj).out_features)
+            stream = block.write(graph, stream, queries, where)
+    _head(graph, vit, stream)
 
 
-def _block(
-    graph: Graph,
-    block: SparseBlock,
-    x: str,
-    tap: nn.Module,
-    tokens: int,
-    queries: int | None,
-    width: int,
-    where: Tensor | None,
-) -> str:
-    """Rows of tokens (B * tokens, width), that `tap` quantizes -> rows of the first `queries` tokens of every image.
-
-    `where` is what the model says of all positions. Tokens are chosen before they are quantized: with int8 ONNX
-    Runtime's optimizer fails on a reshape behind it.
-    """
-
-    def first(rows: str, size: int) -> str:
-        """The rows of the first `queries` tokens."""
-        if queries is None:
-            return rows
-        ends = (graph.constant([value], np.int64) for value in (0, queries, 1))
-        return graph.reshape(graph.op("Slice", graph.reshape(rows, -1, tokens, size), *ends), -1, size)
-
-    def of_heads(rows: str, norm: nn.Module, count: int) -> str:
-        return graph.norm(graph.reshape(rows, -1, count, block.heads, inner // block.heads), norm)
-
-    entering = graph.quantized(x, tap)
-    rest = entering if queries is None else graph.quantized(first(x, width), tap)
-    y = graph.norm(entering, block.norm1)
-    inner = plain(block.proj).in_features
-    q, k, v = graph.parts(graph.linear(y, block.qkv), 3)
-    q = graph.turned(of_heads(first(q, inner), block.q_norm, queries or tokens), block.position, where, tokens, queries)
-    q = graph.quantized(q, block.tap_q, (0, 2, 1, 3), block.scale)
-    k = graph.turned(of_heads(k, block.k_norm, tokens), block.position, where, tokens)
-    k = graph.quantized(k, block.tap_k, (0, 2, 3, 1))
-    v = graph.quantized(of_heads(v, nn.Identity(), tokens), block.tap_v, (0, 2, 1, 3))
-    scores, bias = graph.op("MatMul", q, k), block.position.bias(where)
-    scores = scores if bias is None else graph.op("Add", scores, graph.constant(bias[:, :, :queries]))
-    scores = graph.quantized(scores, block.tap_scores)
-    probs = graph.quantized(graph.op("Softmax", scores, axis=-1), block.tap_probs)
-    out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 2, 1, 3))
-    out = graph.norm(graph.reshape(out, -1, inner), block.attn_norm)
-    if block.gate is not None:
-        out = graph.op("Mul", out, graph.op("Sigmoid", graph.linear(first(y, width), block.gate)))
-    return graph.behind_attention(block, rest, out)
-
-
-def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, width: int) -> None:
-    """Rows of tokens (B * tokens, width), that `tap` quantizes -> logits; as in a block, they are chosen before."""
-    head, x = vit.head, graph.reshape(x, -1, tokens, width)
+def _head(graph: Graph, vit: SparseViT, stream: Stream) -> None:
+    """The stream behind the last block -> logits."""
+    head, tokens, width = vit.head, stream.tokens, stream.width
+    x = graph.reshape(stream.rows, -1, tokens, width)
 
     def normalized(chosen: str) -> str:
-        return graph.norm(graph.quantized(chosen, tap), vit.norm)
+        return graph.norm(graph.quantized(chosen, stream.tap), vit.norm)
 
-    def sliced(start: int) -> str:
+    def behind(start: int) -> str:
         """The tokens from `start` on."""
-        return graph.op("Slice", x, *(graph.constant([value], np.int64) for value in (start, tokens, 1)))
+        return normalized(graph.sliced(x, start, tokens))
 
     def token(index: int) -> str:
         return normalized(graph.op("Gather", x, graph.constant(index, np.int64), axis=1))
@@ -384,11 +454,11 @@ def _head(graph: Graph, vit: SparseViT, x: str, tap: nn.Module, tokens: int, wid
         return
     if head.attn_pool is not None:
         start = 0 if head.include_prefix else head.prefix_tokens
-        pooled = _pool(graph, head.attn_pool, normalized(sliced(start)), tokens - start, width)
+        pooled = _pool(graph, head.attn_pool, behind(start), tokens - start, width)
     elif head.pool_type == "token":
         pooled = token(0)
     else:
-        pooled = graph.mean(normalized(sliced(0 if head.include_prefix else head.prefix_tokens)))
+        pooled = graph.pooled(behind(0 if head.include_prefix else head.prefix_tokens), head.pool_type)
     graph.linear(graph.norm(pooled, head.fc_norm), head.head, result=OUTPUT)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import SparseImages, SparseViT, pack_blocks
+from models.families import family_of
 from models.packed import PackedBlock
 from quant import QuantConfig, quantize
 from quant.export import OnnxModel
@@ -27,6 +28,8 @@ LOW, QUANTIZED, EXPORTED = 0.1, 0.1, 0.01
 """The same of a model in bfloat16, of a W8/A8 model and its original, and of a file in ONNX Runtime and the model that
 it simulates: a value on the edge between two integers may go to either."""
 SMALL = {"depth": 3, "embed_dim": 64, "num_heads": 2, "num_classes": 7}
+STAGES = {"depths": (2, 2, 2, 2), "embed_dim": 32, "num_heads": (1, 2, 4, 4), "num_classes": 7, "window_size": 4}
+"""Arguments that make a small model; `STAGES` where it has stages of windows, shifted, padded and whole ones."""
 GRID = 3, 4
 IMAGES, OPSET = 4, 17
 
@@ -84,11 +87,13 @@ def small_model(architecture: str) -> nn.Module:
     """
     with torch.device("meta"):
         whole = timm.create_model(architecture)
-    size = [count * side for count, side in zip(GRID, whole.patch_embed.patch_size, strict=True)]
+    family = family_of(whole)
+    per_side = 1 if family is None else family.tokens_per_side(whole)
+    size = [count * per_side * side for count, side in zip(GRID, whole.patch_embed.patch_size, strict=True)]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what rotary embeddings draw is left as it is
-            vit = timm.create_model(architecture, img_size=size, **SMALL)
+            vit = timm.create_model(architecture, img_size=size, **(STAGES if per_side > 1 else SMALL))
     except Exception as error:
         raise UserError(f"{architecture} cannot be made small: {' '.join(str(error).split())[:160]}") from None
     return with_random_weights(vit).eval().requires_grad_(False)

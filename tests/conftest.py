@@ -52,43 +52,6 @@ def tiny_model(**kwargs) -> LoadedModel:
     return LoadedModel("tiny", vit, preprocessing, None, ("deit_tiny_patch16_224", TINY_ARGS | kwargs))
 
 
-SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
-SWIN = {"embed_dim": 24, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
-# A small model for every way in which blocks, positions and heads differ, by timm's name and arguments.
-TINY_FAMILIES: dict[str, dict] = {
-    "vit_base_patch16_rpn_224": {"img_size": 64, **SMALL},
-    "eva_large_patch14_196": {"img_size": 56, **SMALL},
-    "eva02_tiny_patch14_224": {"img_size": 56, **SMALL},
-    "eva02_base_patch14_448": {"img_size": 56, **SMALL},
-    "eva02_base_patch16_clip_224": {"img_size": 64, **SMALL},
-    "eva02_enormous_patch14_clip_224": {"img_size": 56, **SMALL},
-    "vit_small_patch16_dinov3": {"img_size": 64, **SMALL},
-    "vit_pe_core_tiny_patch16_384": {"img_size": 64, **SMALL},
-    "vit_small_patch16_rope_mixed_224": {"img_size": 64, **SMALL},
-    "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 64, **SMALL},
-    "beit_base_patch16_224": {"img_size": 64, **SMALL},
-    "beit3_base_patch16_224": {"img_size": (64, 48), **SMALL},
-    "vit_relpos_base_patch16_clsgap_224": {"img_size": 64, **SMALL},
-    "vit_srelpos_small_patch16_224": {"img_size": 64, **SMALL},
-    "vit_relpos_medium_patch16_rpn_224": {"img_size": 64, **SMALL},
-    "swin_tiny_patch4_window7_224": {"img_size": 96, "window_size": 5, **SWIN},
-    "swinv2_tiny_window8_256": {"img_size": (64, 96), "window_size": 4, **SWIN},
-}
-
-
-def tiny_family(name: str) -> nn.Module:
-    """A timm model of `TINY_FAMILIES`, its weights such that every part of it matters."""
-    args = TINY_FAMILIES[name]
-    if not timm.is_model(name):
-        pytest.skip(f"this version of timm has no {name}")
-    torch.manual_seed(0)
-    vit = timm.create_model(name, **args)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.3, 0.2)
-    return vit.eval()
-
-
 def whole_images(count: int, seed: int = 0) -> SparseImages:
     """Noise with all its patches, for `tiny_vit`."""
     grid, generator = PatchGrid(4, 4, 8, 8), torch.Generator().manual_seed(seed)

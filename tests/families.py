@@ -34,15 +34,32 @@ NAMES = (
 )
 LATE_NAMES = ("vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256")  # differential attention
 FAMILIES = (*NAMES, *(name for name in LATE_NAMES if timm.is_model(name)))
+# What these have is told from one of the above by what is written out a second time, packed blocks and graphs, alone.
+MORE_NAMES = (
+    "eva02_base_patch14_448",
+    "eva02_base_patch16_clip_224",
+    "vit_medium_patch16_rope_reg1_gap_256",
+    "vit_relpos_base_patch16_clsgap_224",
+    "beit3_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+)
+ALL_FAMILIES = (*FAMILIES, *(name for name in MORE_NAMES if timm.is_model(name)))
+STAGES = {"num_classes": 10, "embed_dim": 24, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
+OWN = {
+    "beit3_base_patch16_224": {"img_size": (64, 48), **ARGS},
+    "swin_tiny_patch4_window7_224": {"img_size": 96, "window_size": 5, **STAGES},
+    "swinv2_tiny_window8_256": {"img_size": (64, 96), "window_size": 4, **STAGES},
+}
 
 
 def arguments(name: str, **kwargs: object) -> dict[str, object]:
     """What makes a small model of this name."""
-    return {"img_size": 56 if "patch14" in name else 64, **ARGS, **kwargs}
+    return OWN.get(name, {"img_size": 56 if "patch14" in name else 64, **ARGS}) | kwargs
 
 
 def family_vit(name: str, **kwargs: object) -> nn.Module:
-    """A timm model of 16 patches, every parameter drawn so that none could be left out unnoticed."""
+    """A timm model of 6 to 16 patches, every parameter drawn so that none could be left out unnoticed."""
     vit, generator = timm.create_model(name, **arguments(name, **kwargs)), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in vit.parameters():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
 from quant.export import default_opset, require_export, runtime_for
-from tests.conftest import TINY_FAMILIES, randomize, run_script, tiny_family, tiny_model, tiny_vit
+from tests.conftest import randomize, run_script, tiny_model, tiny_vit
+from tests.families import ALL_FAMILIES, LATE_NAMES, family_model, family_vit
+from tests.test_swin import CONFIGURATIONS, swin
 from utils.data import Digits
 from utils.errors import UserError
 
@@ -174,6 +177,7 @@ OPTIONS = [
     {"qk_norm": True, "qkv_bias": False},
     {"pre_norm": True, "no_embed_class": True},
     {"class_token": False, "global_pool": "avg"},
+    {"class_token": False, "global_pool": "max"},
 ]
 
 
@@ -204,14 +208,35 @@ def test_a_full_precision_graph_gives_the_logits_of_the_model(options, approxima
         np.testing.assert_allclose(logits_of(vit, pixels, opset), expected, rtol=1e-3, atol=1e-4)
 
 
+# What the named models do not show, of blocks that write themselves.
+FAMILY_OPTIONS = [
+    ("cait_xxs24_224", {"global_pool": "avg"}),
+    ("cait_xxs24_224", {"depth_token_only": 1, "qkv_bias": False}),
+    ("vit_pwee_patch16_reg1_gap_256", {"qkv_bias": False, "global_pool": "token", "class_token": True}),
+    ("vit_small_patch16_18x2_224", {"qk_norm": True, "scale_attn_norm": True, "global_pool": "avgmax"}),
+]
+LATE_OPTIONS = [
+    ("vit_tiny_patch16_224", {"attn_layer": "diff", "scale_attn_norm": True, "qk_norm": True}),
+    ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
+    ("vit_dpwee_patch16_reg1_gap_256", {"class_token": True, "global_pool": "token"}),
+]
+EXPORTED = {
+    **{name: partial(family_vit, name) for name in ALL_FAMILIES},
+    **{
+        f"{name} {options}": partial(family_vit, name, **options)
+        for name, options in [*FAMILY_OPTIONS, *(LATE_OPTIONS if timm.is_model(LATE_NAMES[0]) else [])]
+    },
+}
+
+
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("opset", [17, 21])
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_every_family_is_exported(name, opset):
     """In full precision to the last digits; quantized as far as sums in another order allow."""
     from quant.onnx_graph import require_exportable
 
-    vit = SparseViT(tiny_family(name))
+    vit = SparseViT(EXPORTED[name]())
     require_exportable(vit)
     images = noise(vit, 8)
     pixels = vit.grid.unpatchify(images.patches, images.positions)
@@ -222,6 +247,53 @@ def test_every_family_is_exported(name, opset):
     assert np.abs(found - plain).max() < 1e-4 * np.abs(plain).max()
     off = np.abs(logits_of(quantized, pixels, opset) - simulated).mean()
     assert off < 0.3 * np.abs(plain - simulated).mean()
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_windows_of_every_cut_are_exported(name):
+    """Quantized, images in which no value lies on a rounding boundary, about half of them, to the last digits."""
+    vit = SparseViT(swin(name))
+    images = noise(vit, 8)
+    pixels = vit.grid.unpatchify(images.patches, images.positions)
+    quantized = quantize(vit, images, QuantConfig(6, 6, "mse"))
+    with torch.no_grad():
+        plain, simulated = (model.forward_images(pixels).numpy() for model in (vit, quantized))
+    for opset in (17, 21):
+        assert np.abs(logits_of(vit, pixels, opset) - plain).max() < 1e-4 * np.abs(plain).max()
+        off = np.abs(logits_of(quantized, pixels, opset) - simulated).max(axis=1)
+        lost = np.abs(plain - simulated).mean()
+        assert np.sort(off)[1] < 1e-3 * lost
+        assert off.mean() < 2 * lost
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_sums_of_every_family_are_quantized_in_int8(name):
+    """Whatever reads them, as below."""
+    vit = SparseViT(family_vit(name))
+    images = noise(vit, 4)
+    quantized = quantize(vit, images, QuantConfig(8, 8, "minmax", symmetric=True))
+    pixels = vit.grid.unpatchify(images.patches, images.positions)
+    with torch.no_grad():
+        expected = quantized.forward_images(pixels).numpy()
+    np.testing.assert_allclose(logits_of(quantized, pixels, 22), expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_what_a_file_needs_is_tried_on_a_block_of_every_kind_and_width(name, tmp_path):
+    require_export(tmp_path / "a.onnx", family_model(name), QuantConfig(4, 4, "auto"))
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("opset", [17, 21])
+def test_quick_gelu_is_exported(opset):
+    vit = SparseViT(tiny_vit(act_layer="quick_gelu"))
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = vit.forward_images(pixels).numpy()
+    np.testing.assert_allclose(logits_of(vit, pixels, opset), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.usefixtures("onnx_packages")
@@ -360,7 +432,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     relu = tiny_model()
     relu.vit.blocks[1].mlp.act = torch.nn.ReLU()
     refused(relu, "ReLU")
-    refused(tiny_model(global_pool="max"), "pooling")
+    pooled = tiny_model(global_pool="map")
+    pooled.vit.attn_pool = torch.nn.Identity()
+    refused(pooled, "a pooling of the kind Identity")
+    own = tiny_model()
+    own.vit.blocks[0].norm1 = torch.nn.GroupNorm(1, 32)
+    refused(own, "GroupNorm")
     (tmp_path / "file").write_text("")
     refused(tiny_model(), "cannot be written", "file/a.onnx")
 

@@ -15,7 +15,8 @@ from inversion.views import Draw
 from models import DEFAULT_MODEL, LoadedModel, SparseViT, load_model, pack_blocks
 from models.blocks import SparseBlock
 from models.packed import PackedBlock
-from tests.conftest import tiny_family, tiny_model
+from tests.conftest import tiny_model
+from tests.families import family_vit
 from tests.test_canvas import jittered_positions, plain_tv
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_packed_blocks_of_other_families_are_their_plain_ones(name, dtype, multi
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(models.attention, "PADDED_MULTIPLE", multiple)
-    vit = SparseViT(tiny_family(name).requires_grad_(False))
+    vit = SparseViT(family_vit(name).requires_grad_(False))
     packed, kind, generator = copy.deepcopy(vit), getattr(torch, dtype), torch.Generator().manual_seed(0)
     pack_blocks(packed, kind)
     packed = packed.to(kind)

@@ -6,6 +6,7 @@ Going deeper with Image Transformers, Touvron et al., ICCV 2021.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,17 @@ class TalkingHeadsBlock(SparseBlock):
         """As `SparseBlock.saved`; what is mixed is kept on every device."""
         return super().saved(tokens, False) + 2 * self.heads * tokens**2
 
+    def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
+        """As `quant.onnx_graph.Graph` asks for."""
+        return graph.in_turn(self, stream, queries, where)
+
+    def write_probs(self, graph: Any, scores: str) -> str:
+        """As `SparseBlock.write_probs`."""
+        before, after = (self.between_heads[when] for when in ("before", "after"))
+        scores = graph.quantized(graph.mixed_heads(scores, before.weight, before.bias), self.tap_scores)
+        probs = graph.op("Softmax", scores, axis=-1)
+        return graph.quantized(graph.mixed_heads(probs, after.weight, after.bias), self.tap_probs)
+
     def _probs(self, q: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
         scores = self.tap_scores(self._mixed((q * self.scale) @ k.transpose(-2, -1), "before"))
         return self.tap_probs(self._mixed(scores.softmax(dim=-1), "after"))
@@ -133,6 +145,22 @@ class ClassAttentionBlock(SparseBlock):
         row = super().attention_weights(x, 1, where)
         others = torch.eye(x.shape[1], dtype=row.dtype, device=row.device)[1:queries]
         return torch.cat([row, others.expand(len(x), -1, -1)], dim=1)
+
+    def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
+        """As `quant.onnx_graph.Graph` asks for; all tokens, unless the class token alone is wanted."""
+        tokens, width = stream.tokens, stream.width
+        x = graph.quantized(graph.reshape(stream.rows, -1, tokens, width), stream.tap)
+        if self.cls_token is not None:
+            x, tokens = graph.in_front(self.cls_token, x), tokens + 1
+        rows = graph.reshape(x, -1, width)
+        joined = replace(stream, rows=rows, tap=nn.Identity(), tokens=tokens)
+        out = graph.attended(self, graph.norm(rows, self.norm1), joined, 1, where)
+        first = graph.behind_attention(self, graph.first(rows, 1, tokens, width), out)
+        if queries == 1:
+            return replace(joined, rows=first, tap=self.tap_mlp_sum, tokens=1)
+        first = graph.quantized(graph.reshape(first, -1, 1, width), self.tap_mlp_sum)
+        x = graph.op("Concat", first, graph.sliced(x, 1, tokens), axis=1)
+        return replace(joined, rows=graph.reshape(x, -1, width))
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """As `SparseBlock.flops`; of all tokens the first is computed."""

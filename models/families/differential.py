@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,15 @@ class DifferentialBlock(SparseBlock):
         layers, attention = super().flops(tokens, queries)
         return layers, attention + 2 * queries * tokens * self.proj.in_features
 
+    def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
+        """As `quant.onnx_graph.Graph` asks for."""
+        return graph.in_turn(self, stream, queries, where)
+
+    def write_probs(self, graph: Any, scores: str) -> str:
+        """As `SparseBlock.write_probs`; heads of two maps -> their difference."""
+        factors = torch.stack([torch.ones(()), -self.share().float()]).expand(self.heads, 2)
+        return graph.mixed_heads(super().write_probs(graph, scores), factors, groups=self.heads)
+
     def _qkv(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys (B, 2 heads, .., head_dim), the two of a head together; values (B, heads, T, 2 head_dim)."""
         q, k, v = self.qkv(y).chunk(3, dim=-1)
@@ -76,6 +86,8 @@ class DifferentialBlock(SparseBlock):
 class DifferentialParallelBlock(DifferentialBlock, ParallelBlock):
     """Differential attention beside the MLP; arguments of both."""
 
+    write = ParallelBlock.write
+
 
 class Share(nn.Module):
     """lambda () of an attention, of the vectors or the two numbers that it is learned by (eq. 2)."""
@@ -105,6 +117,11 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads * width) -> the same."""
         return self.norm((self.sub_norm(x.unflatten(-1, (self.heads, -1))) * self.factor).flatten(-2))
+
+    def write(self, graph: Any, x: str) -> str:
+        """The same of rows, as operators of an ONNX graph."""
+        x = graph.norm(graph.reshape(x, 0, self.heads, -1), self.sub_norm)
+        return graph.norm(graph.reshape(graph.op("Mul", x, graph.constant(self.factor)), 0, -1), self.norm)
 
 
 def differential_parts(attn: nn.Module) -> dict[str, nn.Module]:

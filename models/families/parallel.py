@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class ParallelBlock(SparseBlock):
         out, attended = self._attended(y, queries, where)
         x = self.tap_mlp_sum(x[:, :queries] + self.ls1(self.proj(out) + self.mlp(y[:, :queries])))
         return BlockOutput(x, attended if return_attended else None)
+
+    def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
+        """As `quant.onnx_graph.Graph` asks for."""
+        entering, asking = graph.entering(stream, queries)
+        y = graph.norm(entering, self.norm1)
+        out = graph.linear(graph.attended(self, y, stream, queries, where), self.proj)
+        of_mlp = graph.mlp(graph.first(y, queries, stream.tokens, stream.width), self.mlp)
+        rows = graph.op("Add", asking, graph.scaled(graph.op("Add", out, of_mlp), self.ls1))
+        return replace(stream, rows=rows, tap=self.tap_mlp_sum, tokens=queries or stream.tokens)
 
 
 def parallel_parts(block: nn.Module) -> dict[str, Any]:
@@ -148,6 +158,17 @@ class BranchedBlock(nn.Module):
         x = self.tap_attn_sum(x[:, :queries] + sum(changes))
         x = self.tap_mlp_sum(x + sum(branch.mlp_change(x) for branch in self.branches))
         return BlockOutput(x, torch.cat(attended, dim=-1) if return_attended else None)
+
+    def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
+        """As `quant.onnx_graph.Graph` asks for."""
+        entering, x = graph.entering(stream, queries)
+        for branch in self.branches:
+            out = graph.attended(branch, graph.norm(entering, branch.norm1), stream, queries, where)
+            x = graph.op("Add", x, graph.attention_change(branch, out))
+        rows = x = graph.quantized(x, self.tap_attn_sum)
+        for branch in self.branches:
+            rows = graph.op("Add", rows, graph.mlp_change(branch, x))
+        return replace(stream, rows=rows, tap=self.tap_mlp_sum, tokens=queries or stream.tokens)
 
     def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
         """As `SparseBlock.attention_weights`, mean over the heads of all branches."""

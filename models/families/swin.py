@@ -9,6 +9,7 @@ logits, for there these places are keys and values like any other; only padding 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,30 +141,31 @@ class SwinBlock(SparseBlock):
         numbers = count * (9 * self.proj.out_features + self.hidden + 4 * self._merged())
         return numbers + (self.heads * self._pairs(tokens) if pairs else 0)
 
-    def write(self, graph: Any, x: str, where: tuple[Windows, ...]) -> str:
-        """Rows of all tokens of images -> rows behind the block, as operators of an ONNX `Graph` that is being written.
-
-        Args:
-            graph: of `quant.onnx_graph`.
-            x: name of the rows (B * T, D) that the block is fed.
-            where: what `WindowPlaces` says of one whole image.
-        """
+    def write(self, graph: Any, stream: Any, queries: int | None, where: tuple[Windows, ...]) -> Any:
+        """As `quant.onnx_graph.Graph` asks for; the head reads all tokens."""
         windows, heads, inner = where[self.number], self.heads, plain(self.proj).in_features
         if not isinstance(self.merge, nn.Identity):
-            x = self.merge.write(graph, x)
-        tokens, (count, area), width = len(windows.at), windows.rows.shape, inner // heads
-        y = graph.norm(x, self.norm1)
-        rows = windows.rows.flatten()
-        if windows.padding is not None:  # one more token, of zeros
-            ends = graph.constant([0, 0, 0, 0, 1, 0], np.int64)
-            y = graph.op("Pad", graph.reshape(y, -1, tokens, plain(self.qkv).in_features), ends)
-            rows = torch.where(windows.padding.flatten(), tokens, rows)
-        y = graph.gathered(y, rows, tokens + (windows.padding is not None), plain(self.qkv).in_features)
+            stream = self.merge.write(graph, stream)
+        x, tokens, (count, area) = graph.quantized(stream.rows, stream.tap), stream.tokens, windows.rows.shape
+        width = inner // heads
+
+        def in_windows(y: str) -> str:
+            """Rows of tokens -> rows of the places in all windows."""
+            if windows.padding is None:
+                return graph.gathered(y, windows.rows.flatten(), tokens, stream.width)
+            ends = graph.constant([0, 0, 0, 0, 1, 0], np.int64)  # one more token, of zeros
+            y = graph.op("Pad", graph.reshape(y, -1, tokens, stream.width), ends)
+            rows = torch.where(windows.padding, tokens, windows.rows)
+            return graph.gathered(y, rows.flatten(), tokens + 1, stream.width)
+
+        if self.normalizes("norm1"):
+            y = in_windows(graph.norm(x, self.norm1))
+        else:
+            y = graph.quantized(in_windows(stream.rows), stream.tap)
         q, k, v = (
             graph.reshape(part, -1, count, area, heads, width) for part in graph.parts(graph.linear(y, self.qkv), 3)
         )
-        if self.logit_scale is not None:
-            q, k = graph.unit(q, width), graph.unit(k, width)
+        q, k = graph.norm(q, self.q_norm), graph.norm(k, self.k_norm)
         q = graph.quantized(q, self.tap_q, (0, 1, 3, 2, 4), 1.0 if self.logit_scale is not None else self.scale)
         k, v = graph.quantized(k, self.tap_k, (0, 1, 3, 4, 2)), graph.quantized(v, self.tap_v, (0, 1, 3, 2, 4))
         if self.logit_scale is not None:
@@ -176,7 +178,8 @@ class SwinBlock(SparseBlock):
             scores = graph.op("Add", scores, graph.constant(windows.mask[:, None]))
         probs = graph.quantized(graph.op("Softmax", scores, axis=-1), self.tap_probs)
         out = graph.op("Transpose", graph.op("MatMul", probs, v), perm=(0, 1, 3, 2, 4))
-        return graph.behind_attention(self, x, graph.gathered(out, windows.at, count * area, inner))
+        x = graph.behind_attention(self, x, graph.gathered(out, windows.at, count * area, inner))
+        return replace(stream, rows=x, tap=self.tap_mlp_sum)
 
     def _merged(self) -> int:
         """Width of the tokens that are merged; 0 where none are."""
@@ -242,14 +245,17 @@ class _Merge(nn.Module):
         self.norm, self.reduction, self.side = merging.norm, merging.reduction, side
         self.in_front = type(merging) is swin_transformer.PatchMerging
 
-    def write(self, graph: Any, x: str) -> str:
-        """As `SwinBlock.write`."""
-        width = plain(self.reduction).in_features // 4
-        x = graph.reshape(x, -1, self.side, 2, self.side, 2, width)
-        x = graph.reshape(graph.op("Transpose", x, perm=(0, 1, 3, 4, 2, 5)), -1, 4 * width)
+    def write(self, graph: Any, stream: Any) -> Any:
+        """The stream of the stage before -> that of merged tokens, as operators of an ONNX graph."""
+        x = graph.reshape(stream.rows, -1, self.side, 2, self.side, 2, stream.width)
+        x = graph.reshape(graph.op("Transpose", x, perm=(0, 1, 3, 4, 2, 5)), -1, 4 * stream.width)
+        x = graph.quantized(x, stream.tap)
         if self.in_front:
-            return graph.linear(graph.norm(x, self.norm), self.reduction)
-        return graph.norm(graph.linear(x, self.reduction), self.norm)
+            x = graph.linear(graph.norm(x, self.norm), self.reduction)
+        else:
+            x = graph.norm(graph.linear(x, self.reduction), self.norm)
+        width = plain(self.reduction).out_features
+        return replace(stream, rows=x, tap=nn.Identity(), tokens=stream.tokens // 4, width=width)
 
     def forward(self, x: Tensor) -> Tensor:
         squares = x.view(len(x), -1, self.side, 2, self.side, 2, x.shape[-1]).permute(0, 1, 2, 4, 5, 3, 6)
@@ -285,6 +291,10 @@ class _Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
+
+    def write(self, graph: Any, x: str) -> str:
+        """The same as operators of an ONNX graph."""
+        return graph.unit(x)
 
 
 def _linear(part: nn.Module) -> list[nn.Linear]:
