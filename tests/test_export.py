@@ -14,6 +14,7 @@ from PIL import Image
 
 import test_quant
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
+from models.blocks import SparseBlock
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
 from quant.export import default_opset, require_export, runtime_for
@@ -440,6 +441,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     refused(own, "GroupNorm")
     (tmp_path / "file").write_text("")
     refused(tiny_model(), "cannot be written", "file/a.onnx")
+
+
+@pytest.mark.usefixtures("onnx_packages")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_18x2_224"])
+def test_a_block_that_computes_something_else_and_does_not_write_itself_is_refused(name):
+    from quant.onnx_graph import require_exportable
+
+    class Other(SparseBlock):
+        pass
+
+    vit = SparseViT(family_vit(name))
+    next(module for module in vit.modules() if type(module) is SparseBlock).__class__ = Other
+    with pytest.raises(UserError, match="a block of the kind Other cannot be exported"):
+        require_exportable(vit)
 
 
 @pytest.mark.usefixtures("onnx_packages")

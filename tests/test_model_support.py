@@ -167,6 +167,16 @@ def test_kept_tokens_of_timm_do_not_see_the_others():
         assert not model_checks.sparse(case).held
 
 
+@pytest.mark.parametrize(
+    "name", ["swin_s3_tiny_224", "swinv2_tiny_window8_256", "cait_xxs24_224", "vit_pwee_patch16_reg1_gap_256"]
+)
+def test_small_models_have_the_same_grid_whatever_a_patch_is(name):
+    assert architecture(name, [f"{name}.x"]).why == ""
+    grid = SparseViT(small_model(name)).grid
+    assert (grid.rows, grid.cols) == model_checks.GRID
+    assert grid.height == (32 if name.startswith("swin") else 16)
+
+
 def test_a_model_that_timm_does_not_make_small_is_a_failure(capsys, monkeypatch):
     monkeypatch.setattr(model_checks, "SMALL", {"no_such_argument": 1})
     with pytest.raises(UserError, match="cannot be made small"):
