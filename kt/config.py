@@ -44,6 +44,8 @@ class StudentConfig:
             raise UserError("--student_init scratch starts from random weights; leave out --student_path")
         if self.init == "scratch" and self.finetune == "linear":
             raise UserError("--student_init scratch has no backbone worth freezing; add --finetune full")
+        if self.img_size is not None and self.name is None:
+            raise UserError("--student_img_size is for a student of an architecture of its own; give it with --student")
 
 
 @dataclass(frozen=True)

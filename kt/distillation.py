@@ -52,6 +52,14 @@ def tokens_if(wanted: bool) -> dict[str, bool]:
     return {"return_tokens": True} if wanted else {}
 
 
+def few_images(held_back: int, there: int) -> str:
+    """What a user is told who holds back all images of the first epoch."""
+    return (
+        f"--held_back {held_back}: the first epoch has {there} images; give fewer, or raise --images_per_epoch, "
+        "--max_images or --minutes"
+    )
+
+
 class Distiller:
     """A student in training. With several ranks each takes a part of every batch, and gradients are averaged.
 
@@ -84,6 +92,11 @@ class Distiller:
         self.fill = whole if config.fill is None else config.fill
         if whole and not (self.fill or config.join):
             raise UserError(f"--no-fill: {student.name} is fed whole images; leave it out, or give --join")
+        if whole and config.batch_size == ranks() and self.student.learns_statistics:
+            raise UserError(
+                f"--kr-batchsize {config.batch_size}: the batch norms of {student.name} learn from 2 images or more at "
+                "a time, on each rank"
+            )
         if eager:
             self.teacher.plainly()
             if not whole:
@@ -184,6 +197,8 @@ class Distiller:
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "random": self.generator.get_state(),
+            "dropout": torch.get_rng_state(),
+            "cuda_dropout": torch.cuda.get_rng_state_all(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,6 +208,9 @@ class Distiller:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         self.generator.set_state(state["random"])
+        torch.set_rng_state(state["dropout"])
+        if len(state["cuda_dropout"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_dropout"])
 
 
 @dataclass
@@ -202,7 +220,7 @@ class Distilled:
     `history`: for each epoch its mean `loss`, `images` it drew from, `top1` on test images and `agreement` with the
     teacher on images held back (None where they were not looked at). `kept`: the number of the epoch, from 1, whose
     student is kept, `kept_weights` if it is not the last, `nearest` how near the teacher it is. `seconds`: of the
-    steps. `images`: of the last epoch.
+    steps. `images`: that the last epoch was given, those of a trajectory one by one and those held back among them.
     """
 
     history: list[dict] = field(default_factory=list)
@@ -288,18 +306,17 @@ def distill(
     def fed(epoch: int) -> tuple[SparseImages, SparseImages | None]:
         """The images of an epoch, and those that are held back of them."""
         there = of_epoch(epoch)
+        found.images = len(there)
         there = there.put_together(teacher.grid) if config.join else there
         if config.keep == "last":
             return there, None
         if len(there) <= config.held_back:
-            raise UserError(
-                f"--held_back {config.held_back}: the first epoch has {len(there)} images; give fewer, or raise "
-                "--images_per_epoch"
-            )
+            raise UserError(few_images(config.held_back, len(there)))
         return there.at(slice(config.held_back, None)), there.at(slice(config.held_back))
 
     due = begun % config.eval_every == 0 or begun == config.epochs
-    if begun and due and found.history[-1]["agreement" if evaluate is None else "top1"] is None:
+    last_seen = "top1" if config.keep == "last" else "agreement"
+    if begun and due and found.history[-1][last_seen] is None:
         finish(begun - 1, fed(begun - 1)[1])  # it was stopped while it looked
     with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):
@@ -307,7 +324,6 @@ def distill(
             start = time.perf_counter()
             loss = distiller.run(there, config.steps)
             found.seconds += time.perf_counter() - start
-            found.images = len(there)
             found.history.append({"loss": round(loss, 5), "images": len(there), "top1": None, "agreement": None})
             finish(epoch, held_back)
             bar.set_postfix(loss=f"{loss:.4g}", images=len(there), refresh=False)

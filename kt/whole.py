@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import LoadedModel, PatchGrid, ViTOutput
 from models.config import NAMED_MODELS
-from models.registry import Preprocessing, explained, tensors_only
-from models.weights import read_weights
+from models.formats import weights_file
+from models.registry import Preprocessing, explained, local_config, tensors_only
+from models.weights import check_preprocessing, read_weights
 from utils.errors import UserError
 from utils.files import user_path
 
@@ -60,16 +62,21 @@ class WholeImages(nn.Module):
         self.model, self.grid, self.theirs, self.ours = model, grid, theirs, ours
         self.learns = all(parameter.requires_grad for parameter in model.parameters())
 
-    def forward(self, patches: Tensor, positions: Tensor, return_tokens: bool = False) -> ViTOutput:
-        """Logits (B, classes) of full grids (B, N, C, height, width) at `positions`, while the model is taught.
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether batch norms learn, which takes two images at once."""
+        return self.learns and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
-        Statistics of batch norms are learned where all of the model is.
+    def forward(self, patches: Tensor, positions: Tensor, return_tokens: bool = False) -> ViTOutput:
+        """Logits (B, classes) of full grids (B, N, C, height, width) at `positions`.
+
+        While gradients are taken, all of a model that learns is in training mode: batch norms learn their statistics.
         """
         images = self.theirs.denormalize(self.grid.unpatchify(patches, positions))
         size = self.ours.input_size[1:]
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
-        self.model.train(self.learns)
+        self.model.train(self.learns and torch.is_grad_enabled())
         said = self.model(self.ours.normalize(images))
         self.model.eval()
         return ViTOutput(said, said)
@@ -87,7 +94,7 @@ def load_whole(
     Args:
         teacher: whose images it will be fed.
         name: timm's name of it, `hf-hub:ORG/NAME` or `local-dir:DIR`.
-        path: its weights, a file; None: those of its name.
+        path: its weights, a file or a folder; None: those of its name.
         key: which of several models in that file.
         scratch: leave the weights at their initialization.
         img_size: side of its images; None: what its configuration says.
@@ -99,10 +106,14 @@ def load_whole(
     made, args = (name, {}) if named is None else (named.timm_name, named.model_args or {})
     path = named.weights if named is not None and path is None and not scratch else path
     base = made.split(".")[0]
-    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
+    if name.startswith("local-dir:"):
+        local_config(name)
+    elif not name.startswith("hf-hub:") and not timm.is_model(base):
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.4)
         raise UserError(f"unknown model '{name}'" + (f"; did you mean {', '.join(near)}?" if near else ""))
     args = {**args, "num_classes": teacher.classes, **_channels(name, made, teacher.grid.channels)}
+    if key is not None and path is None:
+        raise UserError(f"--student_weights_key {key} chooses in a file; give one with --student_path")
     fetched = not scratch and path is None
     with explained(name, "--student_path"), tensors_only():
         model = timm.create_model(made, pretrained=fetched, **args)
@@ -110,8 +121,10 @@ def load_whole(
             model.set_input_size(img_size=(img_size, img_size))
     if path is not None:
         _fill(model, name, path, key)
+    check_preprocessing(model.pretrained_cfg, name)
     config = timm.data.resolve_model_data_config(model)
-    size = config["input_size"] if img_size is None else (config["input_size"][0], img_size, img_size)
+    side = config["input_size"][1:] if img_size is None else (img_size, img_size)
+    size = (teacher.grid.channels, *side)  # a configuration of timm's says 3 whatever the model was made for
     crop = {field: getattr(teacher.preprocessing, field) for field in ("interpolation", "crop_pct", "crop_mode")}
     ours = Preprocessing(input_size=tuple(size), mean=tuple(config["mean"]), std=tuple(config["std"]), **crop)
     if len(ours.mean) != teacher.grid.channels:
@@ -126,7 +139,8 @@ def load_whole(
         raise UserError(
             f"--student {name} gives {tuple(said.shape[1:])} numbers an image, not {teacher.classes} logits"
         )
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": ours.input_size, "num_classes": teacher.classes}
+    own = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("test_")}
+    model.pretrained_cfg = {**own, "input_size": ours.input_size, "num_classes": teacher.classes}
     grid, architecture = teacher.grid, (model.pretrained_cfg.get("architecture", base), args)
     return WholeStudent(name, model, ours, teacher.preprocessing, grid, architecture)
 
@@ -149,7 +163,9 @@ def _channels(name: str, made: str, wanted: int) -> dict[str, int]:
 
 def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> None:
     """Give a model the weights in a file, all but a head of other classes. Raises `UserError` where they do not fit."""
-    state = read_weights(user_path(path, "--student_path"), key, "--student_weights_key")
+    file = user_path(path, "--student_path")
+    file = weights_file(file, [], "--student_path") if file.is_dir() else file
+    state = read_weights(file, key, "--student_weights_key")
     converted = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if converted is not None:
         with explained(name, "--student_path"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import logging
 import os
 import warnings
@@ -246,13 +247,25 @@ def new_model(name: str, args: dict[str, Any], classes: int, flag: str) -> Loade
         flag: what errors call `args`.
 
     Raises:
-        UserError: an unknown name or argument, or an architecture that `SparseViT` cannot honour.
+        UserError: an unknown name or argument, one that does not change the architecture, or an architecture that
+            `SparseViT` cannot honour.
     """
+    if name in NAMED_MODELS or ":" in name:
+        raise UserError(f"{flag} is for timm's own names, as vit_tiny_patch16_224; {name} is not one")
     _require_timm_name(name)
+    # What timm's factory takes for itself, weights and files, and what the data says.
+    fixed = {*inspect.signature(timm.create_model).parameters, "num_classes"}
+    for key in args:
+        if key in fixed:
+            raise UserError(f"{flag}: {key} does not change the architecture; leave it out")
+    for key in ("depth", "depths"):
+        for depth in args[key] if isinstance(args.get(key), tuple | list) else [args.get(key, 1)]:
+            DEPTH.check(depth, f"{flag}: {key}")
     try:
         vit = timm.create_model(name, pretrained=False, **{**args, "num_classes": classes})
     except Exception as error:  # timm's classes fail in their own ways
         raise UserError(f"{flag}: {name} cannot be made so ({' '.join(str(error).split())[:160]})") from None
+    require_supported(vit, name)
     return LoadedModel.of(vit, name, None, (name.split(".")[0], {**args, **_sizes(vit)}))
 
 
@@ -314,7 +327,7 @@ def _architecture(name: str, named: NamedModel | None, vit: nn.Module, args: dic
     if named is not None:
         timm_name, own = named.timm_name, named.model_args or {}
     elif name.startswith("local-dir:"):
-        config = _local_config(name)
+        config = local_config(name)
         timm_name, own = config["architecture"], config.get("model_args")
     elif name.startswith("hf-hub:"):
         _, timm_name, own = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
@@ -377,13 +390,13 @@ def _weights_path(
 def _create(name: str, named: NamedModel | None, args: dict[str, Any], path_flag: str) -> nn.Module:
     """The model with random weights; `args` win over what its name says."""
     if name.startswith("local-dir:"):
-        _local_config(name)
+        local_config(name)
     with explained(name, path_flag):
         args = {**(named.model_args or {}), **args} if named else args
         return timm.create_model(named.timm_name if named else name, pretrained=False, **args)
 
 
-def _local_config(name: str) -> dict[str, Any]:
+def local_config(name: str) -> dict[str, Any]:
     """The configuration of a `local-dir:`. Raises `UserError` where it is missing or damaged."""
     file = Path(name.removeprefix("local-dir:")) / "config.json"
     if not file.is_file():

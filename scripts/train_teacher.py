@@ -145,6 +145,8 @@ class TrainConfig(Reading):
         found = {}
         for text in self.model_args:
             name, _, value = text.partition("=")
+            if name in found:
+                raise UserError(f"--model_args gives {name} twice")
             try:
                 found[name] = ast.literal_eval(value) if name.isidentifier() else None
             except (ValueError, SyntaxError):

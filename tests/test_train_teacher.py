@@ -244,3 +244,24 @@ def test_a_wrong_input_is_one_line_and_exit_code_two(tmp_path):
     done = run_script("scripts/train_teacher.py", "--model", "deit_tiny_16_cifar10", "--output", tmp_path / "out")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: --dataset DIR is missing: the root of cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "why"),
+    [
+        ("resnet10t", ["drop_rate=0.1"], "resnet10t cannot be run on kept patches: it is a ResNet"),
+        ("deit_nano_4_digits", ["depth=2"], "--model_args is for timm's own names"),
+        ("local-dir:any", ["depth=2"], "--model_args is for timm's own names"),
+        ("vit_tiny_patch16_224", ["num_classes=3"], "num_classes does not change the architecture"),
+        ("vit_tiny_patch16_224", ["checkpoint_path='x'"], "checkpoint_path does not change the architecture"),
+        ("vit_tiny_patch16_224", ["depth=0"], "--model_args: depth 0 is not an integer from 1"),
+        ("vit_tiny_patch16_224", ["depth=1000000"], "--model_args: depth 1000000 is not an integer from 1 to 1000"),
+        ("swin_tiny_patch4_window7_224", ["depths=2,99999"], "--model_args: depths 99999 is not"),
+        ("vit_tiny_patch16_224", ["depth=2", "depth=3"], "--model_args gives depth twice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_arguments_that_make_no_architecture_are_refused(folder, tmp_path, model, args, why):
+    flags = ["--dataset", str(folder), "--output", str(tmp_path / "out"), "--init", "scratch", "--model", model]
+    with pytest.raises(UserError, match=why):
+        train_teacher.main([*flags, "--model_args", *args])

@@ -23,6 +23,7 @@ from kt import (
     Distiller,
     StudentConfig,
     augmented,
+    distill,
     distillation_loss,
     load_student,
     save_student,
@@ -30,8 +31,11 @@ from kt import (
 from kt.match import made
 from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
 from scripts import compare_kt
-from tests.conftest import ROOT, run_script, tiny_model
+from tests.conftest import ROOT, TINY_ARGS, run_script, tiny_model
 from utils.checkpoint import Checkpoint
+from utils.classes import Labels
+from utils.config import DataConfig
+from utils.data import limited, load_split
 from utils.errors import UserError
 
 GRID = PatchGrid(4, 4, 8, 8)
@@ -563,3 +567,137 @@ def test_compare_tabulates_what_students_learn(tmp_path):
     assert written[-1]["data"] == "teacher"
     assert all({"data", "finetune", "top1", "synthesis_seconds", "images"} <= row.keys() for row in written[:-1])
     assert (tmp_path / "out" / "images.png").is_file()
+
+
+CNN = StudentConfig("resnet10t", init="scratch", finetune="full", img_size=32)
+
+
+def test_a_look_at_images_held_back_teaches_a_student_nothing():
+    """Nor does it read them as in training: batch norms use what they learnt, and nothing is dropped."""
+    teacher = tiny_model()
+    student = load_student(teacher, CNN)
+    student.vit.drop_rate = 0.5
+    distiller = Distiller(teacher, student, DistillConfig(batch_size=4), CPU)
+    distiller.run(kept_images(), 3)
+    before, images = distiller.weights(), kept_images(12)
+    found = [distiller.agreement(images) for _ in range(2)]
+    after = distiller.weights()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    pixels = teacher.preprocessing.denormalize(whole(images.filled(GRID)))
+    said = student.vit.eval()(student.preprocessing.normalize(pixels))
+    taught = teacher.vit(whole(images.filled(GRID)))
+    same = 100 * (said.argmax(1) == taught.argmax(1)).double().mean().item()
+    assert found[0] == found[1] == pytest.approx((same, -distillation_loss(said, taught, 20.0).item()), rel=1e-4)
+
+
+def test_the_kept_cnn_is_saved_as_it_was_when_it_was_tested(tmp_path):
+    flags = ["--student", "resnet10t", "--student_img_size", 32, "--keep_student", "agreement", "--held_back", 2]
+    report = kt(tmp_path, "--epochs", 2, "--kd_steps", 3, "--prune_it", 1, "--prune_ratio", 0.5, *flags)
+    folder = tmp_path / "out" / "student"
+    saved = timm.create_model(f"local-dir:{folder}", checkpoint_path=str(folder / "model.safetensors")).eval()
+    config = timm.data.resolve_model_data_config(saved, use_test_size=True)
+    assert config["input_size"] == (3, 32, 32)
+    test_set = limited(load_split("test", "digits", DataConfig(), timm.data.create_transform(**config), Labels(10)), 40)
+    images, labels = zip(*test_set, strict=True)
+    right = (saved(torch.stack(images)).argmax(1) == torch.tensor(labels)).double().mean().item()
+    assert report["student"]["top1"] == pytest.approx(100 * right, abs=0.01)
+
+
+@pytest.mark.parametrize("match", ["logits", "features"])
+def test_what_is_dropped_and_the_map_that_learns_go_on_as_in_a_run_without_a_stop(tmp_path, match):
+    teacher = tiny_model()
+
+    def learnt(epochs: int, folder: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        student = load_student(teacher, CNN) if match == "logits" else tiny_model()
+        student.vit.requires_grad_(True)
+        student.vit.drop_rate = 0.5  # of a ResNet; read at every forward pass
+        config = DistillConfig(batch_size=4, epochs=epochs, lr=0.01, match=(match,), keep="agreement", held_back=2)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        checkpoint = Checkpoint(tmp_path / folder, {}, "student")
+        found = distill(teacher, student, kept_images(), config, CPU, checkpoint=checkpoint)
+        return found.history, student.vit.state_dict()
+
+    straight = learnt(4, "straight")
+    learnt(2, "stopped")
+    stopped = learnt(4, "stopped")
+    assert stopped[0] == straight[0]
+    assert all(torch.equal(stopped[1][key], straight[1][key]) for key in straight[1])
+
+
+def test_a_run_that_failed_while_it_looked_at_images_held_back_looks_again(tmp_path, monkeypatch):
+    teacher, config = tiny_model(), DistillConfig(batch_size=4, epochs=2, keep="agreement", held_back=2)
+
+    def learnt() -> list[dict]:
+        checkpoint = Checkpoint(tmp_path, {}, "student")
+        return distill(
+            teacher, tiny_model(), kept_images(), config, CPU, evaluate=lambda vit: 0.0, checkpoint=checkpoint
+        ).history
+
+    def fail(*_: object) -> None:
+        raise UserError("no memory")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="no memory"):
+        patched.setattr(Distiller, "agreement", fail)
+        learnt()
+    assert all(entry["agreement"] is not None for entry in learnt())
+
+
+def test_images_are_counted_as_they_were_made(tmp_path):
+    """Those that were held back too, and those of a trajectory one by one: they are what was paid for."""
+    flags = ["--strategy", "pri", "--pri_division", 4, "--join", "--keep_student", "agreement", "--held_back", 1]
+    report = kt(tmp_path, "--epochs", 2, *flags)
+    assert [entry["images"] for entry in report["history"]] == [1, 3]
+    assert report["pool"]["images"] == report["synthesis"]["images"] == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--minutes", 60, "--match", "features", "--student", "resnet10t"], "--match features"),
+        (["--minutes", 60, "--no-fill", "--student", "resnet10t"], "--no-fill"),
+        (["--keep_student", "agreement", "--held_back", 8, "--iterations", 10**6], "--held_back 8.*8 images"),
+        (["--kr-batchsize", 1, "--student", "resnet10t"], "--kr-batchsize 1.*batch norms"),
+        (["--student_img_size", 64], "--student_img_size.*--student"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_learnt_is_refused_before_images_are_made(tmp_path, flags, why):
+    with pytest.raises(UserError, match=why):
+        kt(tmp_path, "--epochs", 1, *flags)
+    assert not list((tmp_path / "pool").rglob("*.pt")) and not list((tmp_path / "pool").rglob("*.safetensors"))
+
+
+def test_a_cnn_starts_from_a_folder_of_weights(tmp_path):
+    vit = timm.create_model("resnet10t", num_classes=7)
+    torch.save(vit.state_dict(), tmp_path / "any.pth")
+    student = load_student(tiny_model(), StudentConfig("resnet10t", str(tmp_path), img_size=32))
+    assert torch.equal(student.vit.conv1[0].weight, vit.conv1[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "why"),
+    [
+        (None, None, "no config.json"),
+        ({"architecture": "resnet10t", "model_args": 7}, None, "model_args is not an object"),
+        ({"architecture": "resnet10t", "pretrained_cfg": {"std": [0, 0, 0]}}, None, "of its std"),
+        ({"architecture": "resnet10t"}, "ema", "--student_weights_key ema chooses in a file"),
+    ],
+    ids=["no config", "arguments", "deviation", "key"],
+)
+def test_a_folder_that_is_no_student_is_refused(tmp_path, config, key, why):
+    if config is not None:
+        cfg = {"input_size": [3, 32, 32], **config.get("pretrained_cfg", {})}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained_cfg": cfg}))
+        torch.save(timm.create_model("resnet10t", num_classes=5).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=why):
+        load_student(tiny_model(), StudentConfig(f"local-dir:{tmp_path}", finetune="full", key=key))
+
+
+def test_a_cnn_learns_from_a_teacher_of_grey_images():
+    teacher = LoadedModel.of(timm.create_model("vit_tiny_patch16_224", **TINY_ARGS, in_chans=1))
+    student = load_student(teacher, CNN)
+    assert student.preprocessing.input_size == (1, 32, 32)
+    assert len(student.preprocessing.mean) == 1
+    images = SparseImages.whole(teacher.grid, torch.randn(4, 1, 32, 32), torch.zeros(4, dtype=torch.long))
+    assert math.isfinite(Distiller(teacher, student, DistillConfig(batch_size=4), CPU).run(images, 1))

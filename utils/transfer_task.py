@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
+from kt.distillation import few_images
 from kt.whole import WholeStudent
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
@@ -57,8 +59,17 @@ class TransferTask(Task):
             positive.check(self.max_images, "--max_images")
         if isinstance(self.images, Noise) and not self.fixed_images:
             raise UserError("--mode 1 --images_per_epoch 0 asks for no images; give --max_images")
+        self._require_enough_to_hold_back()
         if self.distillation.join and self.images.kind not in ("pri", "stored"):
             raise UserError(NEEDS_PRI)
+
+    def _require_enough_to_hold_back(self) -> None:
+        """Raise `UserError` where it is known before images are made that no more than are held back will be."""
+        grows = isinstance(self.images, Inverted) and self.minutes is None and self.images_per_epoch > 0
+        counts = [self.images_per_epoch if grows else None, self.max_images]
+        most = min((count for count in counts if count is not None), default=math.inf)
+        if self.distillation.keep == "agreement" and most <= self.distillation.held_back:
+            raise UserError(few_images(self.distillation.held_back, most))
 
     @property
     def name(self) -> str:
@@ -180,8 +191,9 @@ def _images(
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
     if task.minutes is not None:
-        count = synthesis.filled_for(60 * task.minutes, most)
-        return lambda epoch: synthesis.first(count), synthesis
+        # Only when they are asked for: what a student cannot learn from is refused before.
+        count = cache(lambda: synthesis.filled_for(60 * task.minutes, most))
+        return lambda epoch: synthesis.first(count()), synthesis
     if task.images_per_epoch:
         return lambda epoch: synthesis.first(min((epoch + 1) * task.images_per_epoch, most)), synthesis
     return lambda epoch: synthesis.first(synthesis.made(most), add=False), synthesis
