@@ -3,7 +3,8 @@
 
 For each row a small model is trained (`scripts/train_teacher.py`), calibrated with SMI images of its own at W8/A8 and
 W4/A4, and with real ones at W4/A4 (`test_quant.py`), and teaches a linear head on the bundled backbone, a plain ViT of
-the same patches that has seen letters alone (`test_kt.py`). What is in OUTPUT is not done again. A table in Markdown, top-1 in per cent on 360 test digits.
+the same patches that has seen letters alone (`test_kt.py`). What is in OUTPUT is not done again. A table in Markdown,
+top-1 in per cent on 360 test digits.
 """
 
 from __future__ import annotations
