@@ -19,6 +19,7 @@ from utils.errors import exit_on_interrupt, run_main
 exit_on_interrupt(__name__)
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ ROWS: dict[str, tuple[str, str]] = {
 }
 """Name of the row: timm's architecture, and what makes it small."""
 
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"train": "scripts/train_teacher.py", "quant": "test_quant.py", "kt": "test_kt.py"}
 SCHEDULE = "--prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.01 --no-flip"
 QUANT = f"--iterations 200 --prune_it 10 20 30 40 {SCHEDULE}"
 KT = (
@@ -85,19 +88,10 @@ def top1(name: str, script: str, arguments: Sequence[str]) -> float:
     report = folder / ("training.json" if script == "train" else "report.json")
     if not report.is_file():
         print(f"== {name}: {script} {' '.join(arguments)}", flush=True)
-        _main(script)(list(arguments))
+        if subprocess.run([sys.executable, ROOT / SCRIPTS[script], *arguments]).returncode:
+            raise UserError(f"{SCRIPTS[script]} failed; what it said is above")
     found = json.loads(report.read_text())
     return (found if script == "train" else found[{"quant": "quant", "kt": "student"}[script]])["top1"]
-
-
-def _main(script: str):
-    if script == "train":
-        from scripts.train_teacher import main
-    elif script == "quant":
-        from test_quant import main
-    else:
-        from test_kt import main
-    return main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
