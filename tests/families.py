@@ -39,6 +39,7 @@ MORE_NAMES = (
     "eva02_base_patch14_448",
     "eva02_base_patch16_clip_224",
     "vit_medium_patch16_rope_reg1_gap_256",
+    "vit_base_patch16_clip_quickgelu_224",
     "vit_relpos_base_patch16_clsgap_224",
     "beit3_base_patch16_224",
     "swin_tiny_patch4_window7_224",

@@ -288,16 +288,6 @@ def test_what_a_file_needs_is_tried_on_a_block_of_every_kind_and_width(name, tmp
 
 
 @pytest.mark.usefixtures("onnx_packages")
-@pytest.mark.parametrize("opset", [17, 21])
-def test_quick_gelu_is_exported(opset):
-    vit = SparseViT(tiny_vit(act_layer="quick_gelu"))
-    pixels = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        expected = vit.forward_images(pixels).numpy()
-    np.testing.assert_allclose(logits_of(vit, pixels, opset), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.usefixtures("onnx_packages")
 def test_a_distilled_model_is_exported_with_both_heads():
     import timm
 
