@@ -38,8 +38,8 @@ def default_opset(config: QuantConfig) -> int:
 def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, opset: int | None = None) -> None:
     """Raise `UserError` unless `export` will succeed, as far as can be told without the quantized model.
 
-    The packages are there and take this opset, which the last block of the model tries, the file can be written, and
-    all of the model can be exported.
+    The packages are there and take this opset, which the last block of the model tries, or all blocks where their
+    widths differ, the file can be written, and all of the model can be exported.
     """
     for package in PACKAGES:
         try:
@@ -64,7 +64,8 @@ def require_export(file: str | Path, model: LoadedModel, config: QuantConfig, op
     require_exportable(vit)
     if model.preprocessing.crop_mode not in ("squash", "center"):
         raise UserError(f"--export: images cropped by '{model.preprocessing.crop_mode}' cannot be exported")
-    vit.blocks = vit.blocks[-1:]
+    if vit.head.head.in_features == vit.patch_proj.out_features:  # else the last block does not fit the embedding
+        vit.blocks = vit.blocks[-1:]
     _require_runtime(quantized_vit(vit, dataclasses.replace(config, keep=()), largest_value_scale), config, opset)
 
 
