@@ -18,6 +18,7 @@ from kt import DistillConfig, Distiller
 from models import LoadedModel, SparseImages, SparseViT
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
+from quant.export import require_export
 from quant.rotation import rotated, rotations
 from tests.conftest import randomize
 from tests.fake_cuda import CUDA, cuda  # noqa: F401
@@ -430,3 +431,11 @@ def test_a_student_learns():
     losses = [distiller.run(images, 5) for _ in range(3)]
     assert losses[-1] < losses[0]
     assert student.vit.layers[0].blocks[0].attn.cpb_mlp[0].weight.grad.abs().sum() > 0
+
+
+def test_a_model_whose_blocks_differ_in_width_is_let_through_to_be_exported(tmp_path):
+    """What is tried before an inversion fits together, where the last block alone does not fit the embedding."""
+    pytest.importorskip("onnxruntime")
+    args = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+    model = LoadedModel.of(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **args))
+    require_export(tmp_path / "swin.onnx", model, QuantConfig(8, 8))

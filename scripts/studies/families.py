@@ -49,7 +49,7 @@ SCHEDULE = "--prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.01 --no-flip"
 QUANT = f"--iterations 200 --prune_it 10 20 30 40 {SCHEDULE}"
 KT = (
     f"--student deit_nano_4_digits --iterations 100 --prune_it 4 8 12 16 {SCHEDULE} --epochs 2 --images_per_epoch 100 "
-    "--kd_steps 200 --eval_every 2 --optimizer adamw --lr 3e-3 --kd_lr_schedule cosine "
+    "--kd_steps 200 --eval_every 2 --optimizer sgd --lr 0.1 --kd_lr_schedule cosine "
     "--augment contrast grey mix shift scatter noise"
 )
 RUNS = {
