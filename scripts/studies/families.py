@@ -25,23 +25,25 @@ from pathlib import Path
 
 from utils.cli import Parser, positive
 from utils.errors import UserError
-from utils.files import writable_folder
+from utils.files import writable_folder, write_json
 from utils.report import table
 
-PLAIN = "img_size=32 patch_size=4 embed_dim=64 depth=4 num_heads=2"
-WINDOWS = "img_size=32 patch_size=2 embed_dim=32 depths=2,2 num_heads=2,4 window_size=4"
+PLAIN = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+WINDOWS = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 # LayerScale that starts near zero takes longer than these trainings to grow.
-ROWS: dict[str, tuple[str, str]] = {
+ROWS: dict[str, tuple[str, dict]] = {
     "VisionTransformer": ("deit_tiny_patch16_224", PLAIN),
-    "Eva (DINOv3)": ("vit_small_patch16_dinov3", f"{PLAIN} init_values=0.1"),
+    "Eva (DINOv3)": ("vit_small_patch16_dinov3", PLAIN | {"init_values": 0.1}),
     "Eva (EVA-02)": ("eva02_tiny_patch14_224", PLAIN),
-    "Beit": ("beit_base_patch16_224", f"{PLAIN} init_values=0.1"),
-    "VisionTransformerRelPos": ("vit_relpos_small_patch16_224", f"{PLAIN} init_values=0.1"),
-    "Cait": ("cait_xxs24_224", f"{PLAIN} init_values=0.1"),
+    "Beit": ("beit_base_patch16_224", PLAIN | {"init_values": 0.1}),
+    "VisionTransformerRelPos": ("vit_relpos_small_patch16_224", PLAIN | {"init_values": 0.1}),
+    "Cait": ("cait_xxs24_224", PLAIN | {"init_values": 0.1}),
     "SwinTransformer": ("swin_tiny_patch4_window7_224", WINDOWS),
     "SwinTransformerV2": ("swinv2_tiny_window8_256", WINDOWS),
 }
 """Name of the row: timm's architecture, and what makes it small."""
+CONFIG = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bicubic", "input_size": [3, 32, 32]}
+"""As the bundled backbone wants its images."""
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train": "scripts/train_teacher.py", "quant": "test_quant.py", "kt": "test_kt.py"}
@@ -64,22 +66,28 @@ def parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", metavar="NAME", help=f"rows; default all: {', '.join(ROWS)}")
-    parser.add_argument("--epochs", type=positive, default=40, help="of a teacher's training; default 40")
+    parser.add_argument("--epochs", type=positive, default=30, help="of a teacher's training; default 30")
     parser.add_argument("--output", default="./runs/families", metavar="DIR", help="where everything goes")
     return parser
 
 
 def commands(row: str, epochs: int, output: Path) -> dict[str, tuple[str, str]]:
     """Script and arguments of everything that a row takes, by what it gives; the teacher comes first."""
-    architecture, small = ROWS[row]
-    home = output / architecture
-    training = f"--model {architecture} --model_args {small} --init scratch --data digits --epochs {epochs}"
+    home = output / ROWS[row][0]
+    training = f"--model local-dir:{home / 'outline'} --init scratch --data digits --epochs {epochs}"
     found = {"teacher": ("train", f"{training} --patch_drop 0.5 --num_workers 0 --output {home / 'teacher'}")}
     for name, (script, arguments) in RUNS.items():
         folder = home / "".join(c if c.isalnum() else "_" for c in name)
         model = f"--model local-dir:{home / 'teacher'} --datapool {output / 'datapool'} --num-workers 0"
         found[name] = script, f"{model} {arguments} --output {folder}"
     return found
+
+
+def outline(row: str, output: Path) -> None:
+    """Write the configuration of a row's teacher, a folder that training from random weights takes."""
+    architecture, small = ROWS[row]
+    config = {"architecture": architecture, "num_classes": 10, "model_args": small, "pretrained_cfg": CONFIG}
+    write_json(writable_folder(output / architecture / "outline", "--output") / "config.json", config)
 
 
 def top1(name: str, script: str, arguments: Sequence[str]) -> float:
@@ -102,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--families {unknown[0]} is unknown; there are {', '.join(ROWS)}")
     output, lines = writable_folder(args.output, "--output"), []
     for row in chosen:
+        outline(row, output)
         wanted = commands(row, args.epochs, output)
         found = [f"{top1(f'{row}, {name}', script, text.split()):.2f}" for name, (script, text) in wanted.items()]
         lines.append([row, f"`{ROWS[row][0]}`", *found])
