@@ -102,7 +102,6 @@ class Distiller:
             if not whole:
                 self.student.plainly()
         self.lesson = Lesson(self.student, made(config.match, self.student, self.teacher, config.temperature))
-        self.lesson.to(device)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
         if config.optimizer == "sgd":

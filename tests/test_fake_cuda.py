@@ -59,7 +59,8 @@ def small_cnn(source: str) -> nn.Module:
 def test_an_inversion_on_the_device(settings, images, monkeypatch, request):
     monkeypatch.setattr("inversion.priors.deepinversion.load_cnn", small_cnn)
     monkeypatch.setattr(inversion.capture, "EAGER_STEPS", 1)
-    model = tiny_model()
+    pooled = {"class_token": False, "global_pool": "map"} if settings.get("importance") == "pool" else {}
+    model = tiny_model(**pooled)
     config = InversionConfig(**{"iterations": 4, **settings}, batch_size=2, student="a student")
     device = request.getfixturevalue("cuda")
     inverter = Inverter(model, config, CUDA, tiny_model(depth=1), lambda batch: images)

@@ -176,7 +176,7 @@ FLAGS = [
     *rows("kt", "--temperature", "0 nan inf 1e-300", NUMBER),
     *rows("kt", "--augment", "spin", "--augment"),
     *rows("kt", "--student_path", "/nowhere ~nosuchuser/w.pth", "nowhere|no such user"),
-    *rows("kt", "--student", "vit resnet50", "resnet50|vit"),
+    *rows("kt", "--student", "vit resnet5000", "resnet5000|vit"),
     ("kt", ["--images_per_epoch", "0", "--mode", "1"], "asks for no images"),
     ("kt", ["--student_init", "scratch"], "--finetune full"),
     *rows("compare", "--bits", f"4 4/x 1/8 8/{BIG} /", "4/8|is not 2 to 8"),
