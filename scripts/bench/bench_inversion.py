@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser().parse_args(argv)
     device = pick_device(args.device, args.gpu)
     output = writable_folder(args.output, "--output")
-    model = load_model(args.model, args.model_path, random_weights=args.random_weights)
+    classes = 1000 if args.random_weights else None  # some of timm's have no head
+    model = load_model(args.model, args.model_path, random_weights=args.random_weights, classes=classes)
     config, grid = inversion_config(args, args.batch), model.grid
     dtype = config.dtype
     stages = config.strategy_object().stages(config.iterations, grid)
