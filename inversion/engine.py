@@ -141,7 +141,7 @@ class Inverter:
         elif self.device.type == "cpu":
             keep_freed_memory()
             pack_blocks(vit, self.dtype)
-        return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
+        return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False).with_fixed_positions()
 
     @property
     def images_per_trajectory(self) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import LoadedModel, PatchGrid, ViTOutput
 from models.config import NAMED_MODELS
 from models.formats import weights_file
-from models.registry import Preprocessing, explained, local_config, tensors_only
-from models.weights import check_preprocessing, read_weights
+from models.registry import Preprocessing, explained, local_config, require_timm_name, tensors_only
+from models.weights import check_preprocessing, raise_unfit, read_weights, timm_filter
 from utils.errors import UserError
 from utils.files import user_path
 
@@ -105,12 +103,10 @@ def load_whole(
     named = NAMED_MODELS.get(name)
     made, args = (name, {}) if named is None else (named.timm_name, named.model_args or {})
     path = named.weights if named is not None and path is None and not scratch else path
-    base = made.split(".")[0]
     if name.startswith("local-dir:"):
         local_config(name)
-    elif not name.startswith("hf-hub:") and not timm.is_model(base):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.4)
-        raise UserError(f"unknown model '{name}'" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    elif not name.startswith("hf-hub:"):
+        require_timm_name(made, timm.list_models())
     args = {**args, "num_classes": teacher.classes, **_channels(name, made, teacher.grid.channels)}
     if key is not None and path is None:
         raise UserError(f"--student_weights_key {key} chooses in a file; give one with --student_path")
@@ -141,7 +137,7 @@ def load_whole(
         )
     own = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("test_")}
     model.pretrained_cfg = {**own, "input_size": ours.input_size, "num_classes": teacher.classes}
-    grid, architecture = teacher.grid, (model.pretrained_cfg.get("architecture", base), args)
+    grid, architecture = teacher.grid, (model.pretrained_cfg.get("architecture", made.split(".")[0]), args)
     return WholeStudent(name, model, ours, teacher.preprocessing, grid, architecture)
 
 
@@ -166,10 +162,8 @@ def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> Non
     file = user_path(path, "--student_path")
     file = weights_file(file, [], "--student_path") if file.is_dir() else file
     state = read_weights(file, key, "--student_weights_key")
-    converted = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if converted is not None:
-        with explained(name, "--student_path"):
-            state = converted(state, model)
+    with explained(name, "--student_path"):
+        state = timm_filter(model)(state, model)
     own = model.state_dict()
     heads = {id(parameter) for parameter in classifier_parameters(model)}
     head = {key for key, parameter in model.named_parameters() if id(parameter) in heads}
@@ -177,9 +171,9 @@ def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> Non
     missing, extra = sorted(own.keys() - state.keys() - head), sorted(state.keys() - own.keys() - head)
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     differ = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
-    for kind, keys in (("missing ", missing), ("unexpected ", extra), ("of another shape ", differ)):
-        if keys:
-            raise UserError(f"the weights in {path} do not fit {name}: {kind}{keys[0]} ({len(keys)} such)")
+    if missing or extra or differ:
+        differ = [f"{key}: {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in differ]
+        raise_unfit(name, path, missing, extra, differ)
     model.load_state_dict(state, strict=False)
 
 

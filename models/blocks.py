@@ -287,12 +287,11 @@ def joined_linear(layers: Sequence[nn.Linear], biases: Sequence[Tensor | None] |
     """
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers] if biases is None else list(biases)
-    joined = nn.Linear(weights[0].shape[1], sum(map(len, weights)), bias=False, device="meta")
-    joined.weight = weights[0] if len(weights) == 1 else _together(weights)
+    made = nn.Linear(weights[0].shape[1], sum(map(len, weights)), bias=False, device="meta")
+    made.weight = weights[0] if len(weights) == 1 else _together(weights)
     if any(bias is not None for bias in biases):
-        size = joined.out_features // len(biases)
-        joined.bias = biases[0] if len(biases) == 1 else _together(biases, size)
-    return joined
+        made.bias = biases[0] if len(biases) == 1 else _together(biases, made.out_features // len(biases))
+    return made
 
 
 def part_of_linear(
@@ -323,13 +322,7 @@ def _together(parts: Sequence[Tensor | None], size: int | None = None) -> nn.Par
         if len(storages) == 1 and len(set(offsets)) == 1 and not there[0].is_meta:  # they are such views already
             room = there[0].untyped_storage().nbytes() // there[0].element_size()
             if offsets[0] >= 0 and offsets[0] + sum(sizes) * row <= room:
-                shape = (sum(sizes), *there[0].shape[1:])
-                whole = (
-                    there[0]
-                    .detach()
-                    .new_empty(0)
-                    .set_(there[0].untyped_storage(), offsets[0], shape, torch.empty(shape, device="meta").stride())
-                )
+                whole = there[0].detach().as_strided((sum(sizes), *there[0].shape[1:]), there[0].stride(), offsets[0])
     if whole is None:
         filled = [there[0].new_zeros(size) if part is None else part.detach() for part in parts]
         whole = torch.cat(filled)

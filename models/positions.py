@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -78,24 +79,31 @@ class RelativeBias(Position):
     """A bias for every pair of tokens of the full grid, of which those of the kept tokens are taken.
 
     Args:
-        module: timm's, which holds the table.
-        whole: `module` -> the bias of all pairs (heads, T, T), prefix tokens first.
+        table: gives the bias of all pairs (heads, T, T), prefix tokens first.
     """
 
     biases = True
 
-    def __init__(self, module: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
+    def __init__(self, table: nn.Module) -> None:
         super().__init__()
-        self.module, self.whole = module, whole
+        self.table = table
 
     def bias(self, where: Tensor | None) -> Tensor:
-        whole = self.whole(self.module)
-        pairs = where[:, :, None] * whole.shape[-1] + where[:, None, :]
-        return whole.flatten(1)[:, pairs].transpose(0, 1)
+        return self.table().flatten(1)[:, where].transpose(0, 1)
 
     def fixed(self, dtype: torch.dtype) -> Position:
-        whole = self.whole(self.module).detach().to(dtype)
-        return RelativeBias(nn.Identity(), lambda _: whole)
+        return RelativeBias(Known(self.table(), dtype))
+
+
+class Known(nn.Module):
+    """Gives a tensor as it was when this was made, in a number format; nothing learns from it."""
+
+    def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach().to(dtype), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
 
 
 class Places(nn.Module):
@@ -105,18 +113,30 @@ class Places(nn.Module):
         """Positions (B, n) -> a tensor, a tuple of what a block finds its own in, or None."""
         return None
 
+    def fixed(self) -> Places:
+        """The same, of what it holds now; it learns nothing."""
+        return self
 
-class TokenPlaces(Places):
-    """The place of each token on the full grid, prefix tokens first: (B, T), or (1, T) if all images have the same."""
 
-    def __init__(self, prefix: int) -> None:
+class PairPlaces(Places):
+    """Where each pair of tokens is among all pairs of the full grid, prefix tokens first, as one number.
+
+    (B, T, T), or (1, T, T) if all images have the same patches.
+
+    Args:
+        prefix: prefix tokens.
+        patches: of the full grid.
+    """
+
+    def __init__(self, prefix: int, patches: int) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.tokens = prefix, prefix + patches
 
     def forward(self, positions: Tensor) -> Tensor:
         positions = _once(positions)
         prefix = torch.arange(self.prefix, device=positions.device).expand(len(positions), -1)
-        return torch.cat([prefix, positions + self.prefix], dim=1)
+        tokens = torch.cat([prefix, positions + self.prefix], dim=1)
+        return tokens[:, :, None] * self.tokens + tokens[:, None]
 
 
 class RotaryPlaces(Places):
@@ -135,6 +155,11 @@ class RotaryPlaces(Places):
         self.stored = getattr(rope, "feat_shape", None) is not None
         # Made once, where nothing learns: timm makes some of them on the host, which a device would wait for.
         self.computed = None if self.stored or mixed else rope.get_embed(shape=list(grid))
+
+    def fixed(self) -> RotaryPlaces:
+        fixed = copy.copy(self)
+        fixed.computed = self._whole().detach()
+        return fixed
 
     def forward(self, positions: Tensor) -> Tensor:
         whole, positions = self._whole(), _once(positions)

@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +174,7 @@ def load_model(
     config = name if isinstance(name, ModelConfig) else ModelConfig(name, model_path)
     name, named, size, to_train = config.name, NAMED_MODELS.get(config.name), config.img_size, classes is not None
     if named is None and not name.startswith(("hf-hub:", "local-dir:")):
-        _require_timm_name(name)
+        require_timm_name(name)
     outline, flags = _outline(name, named, path_flag), path_flag.removesuffix("path").removesuffix("model_")
     side = outline.patch_embed.patch_size
     if size is not None and (size % side[0] or size % side[1]):
@@ -252,7 +252,7 @@ def new_model(name: str, args: dict[str, Any], classes: int, flag: str) -> Loade
     """
     if name in NAMED_MODELS or ":" in name:
         raise UserError(f"{flag} is for timm's own names, as vit_tiny_patch16_224; {name} is not one")
-    _require_timm_name(name)
+    require_timm_name(name)
     # What timm's factory takes for itself, weights and files, and what the data says.
     fixed = {*inspect.signature(timm.create_model).parameters, "num_classes"}
     for key in args:
@@ -351,12 +351,14 @@ def _sizes(vit: nn.Module) -> dict[str, object]:
     return {**size, "global_pool": vit.global_pool, "num_classes": vit.num_classes}
 
 
-def _require_timm_name(name: str) -> None:
+def require_timm_name(name: str, known: Sequence[str] | None = None) -> None:
+    """Raise `UserError` unless timm has a model of this name; suggestions are `known`, by default our families."""
     base = name.split(".")[0]
     if timm.is_model(base) and (base == name or name in timm.list_pretrained(f"{base}.*")):
         return
     modules = {kind.__module__.rpartition(".")[2] for family in FAMILIES for kind in family.MODELS}
-    known = [*NAMED_MODELS, *(known for module in sorted(modules) for known in timm.list_models(module=module))]
+    ours = [*NAMED_MODELS, *(one for module in sorted(modules) for one in timm.list_models(module=module))]
+    known = ours if known is None else known
     if base != name and timm.is_model(base):
         known = timm.list_pretrained(f"{base}.*")
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or list(NAMED_MODELS)[:4]

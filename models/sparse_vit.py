@@ -89,6 +89,14 @@ class SparseViT(nn.Module):
         self.norm, self.head = parts.norm, parts.head
         self.eval()
 
+    def with_fixed_positions(self) -> SparseViT:
+        """Itself, for weights that do not change: what says where tokens are is made once, not at every call."""
+        self.places = self.places.fixed()
+        for block in self.modules():
+            if isinstance(block, SparseBlock):
+                block.position = block.position.fixed(self.patch_proj.weight.dtype)
+        return self
+
     def plainly(self) -> SparseViT:
         """Itself, from now on by stock kernels and autograd alone: what is fast is held against it."""
         for module in self.modules():

@@ -245,7 +245,7 @@ def load_into(vit: nn.Module, name: str, weights: Weights, to_train: bool, flags
     for trait, made in _traits(vit).items():
         said = getattr(weights, trait)
         if said not in (None, made) and not (to_train and trait == "pooling"):
-            _raise_unfit(name, path, differ=[f"{trait} {said} for {made}{weights.advice}"])
+            raise_unfit(name, path, differ=[f"{trait} {said} for {made}{weights.advice}"])
     state = _with_kernel(vit, name, path, state)
     _require_grid(vit, name, path, state, flags)
     if "register_tokens" in state:
@@ -255,7 +255,7 @@ def load_into(vit: nn.Module, name: str, weights: Weights, to_train: bool, flags
     except UserError:
         raise
     except Exception as error:  # timm takes the shapes of tensors for granted
-        _raise_unfit(name, path, differ=[f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"])
+        raise_unfit(name, path, differ=[f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"])
     fresh = {key: value for key, value in own.items() if key.startswith("head")}
     if to_train and any(key not in state or state[key].shape != value.shape for key, value in fresh.items()):
         state = {**{key: value for key, value in state.items() if not key.startswith("head")}, **fresh}
@@ -263,7 +263,7 @@ def load_into(vit: nn.Module, name: str, weights: Weights, to_train: bool, flags
     differ = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or extra or differ:
         differ = [f"{key}: {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in differ]
-        _raise_unfit(name, path, missing, extra, differ)
+        raise_unfit(name, path, missing, extra, differ)
     vit.load_state_dict(state)
 
 
@@ -296,7 +296,7 @@ def _converted(
     rest = {key: value for key, value in state.items() if key not in fitting}
     strange = [key for key in rest if key.endswith(TABLE) and key not in own]
     if strange:
-        _raise_unfit(name, path, extra=strange)
+        raise_unfit(name, path, extra=strange)
     found = timm_filter(vit, **resampling)(dict(rest), vit)
     lost = {key: value for key, value in rest.items() if key not in found and key != "mask_token" and value.any()}
     lost = {key: value for key, value in lost.items() if not any(_overlap(value, one) for one in found.values())}
@@ -304,7 +304,7 @@ def _converted(
     made = {key: value for key, value in made.items() if not any(_overlap(value, one) for one in rest.values())}
     # What was put together of several, as one layer of queries, keys and values, has as many numbers as they have.
     if lost and sum(value.numel() for value in lost.values()) != sum(value.numel() for value in made.values()):
-        _raise_unfit(name, path, extra=sorted(lost))
+        raise_unfit(name, path, extra=sorted(lost))
     return found | fitting
 
 
@@ -317,12 +317,13 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 def require_complete(name: str, missing: Sequence[str], extra: Sequence[str]) -> None:
     """Raise `UserError` where tensors of a model are not in its weights, `missing`, or the other way round, `extra`."""
     if missing or extra:
-        _raise_unfit(name, "its folder or repository", sorted(missing), sorted(extra))
+        raise_unfit(name, "its folder or repository", sorted(missing), sorted(extra))
 
 
-def _raise_unfit(
+def raise_unfit(
     name: str, path: object, missing: Sequence[str] = (), extra: Sequence[str] = (), differ: Sequence[str] = ()
 ) -> NoReturn:
+    """Raise `UserError`: tensors of a model are not in its weights, the other way round, or differ, in words."""
     found = []
     for kind, keys in (("missing ", missing), ("unexpected ", extra), ("", differ)):
         found += [f"{kind}{keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")] if keys else []
@@ -338,7 +339,7 @@ def _with_kernel(vit: nn.Module, name: str, path: Path, state: Mapping[str, Tens
         return dict(state)
     if kernel.ndim != 2 or kernel.numel() != ours.numel():
         differ = f"patch_embed.proj.weight: {tuple(kernel.shape)} for {tuple(ours.shape)}"
-        _raise_unfit(name, path, differ=[differ])
+        raise_unfit(name, path, differ=[differ])
     warnings.warn(UserNote(f"{path}: patches are read as channels, rows and columns of a matrix"), stacklevel=3)
     return {**state, "patch_embed.proj.weight": kernel.reshape(ours.shape)}
 
@@ -353,7 +354,7 @@ def _require_grid(vit: nn.Module, name: str, path: Path, state: Mapping[str, Ten
         if side * side != patches or patches == 0:
             extra = ["dist_token"] if "dist_token" in state and not hasattr(vit, "dist_token") else []
             differ = f"pos_embed: {tuple(positions.shape)} for {tuple(ours.shape)}"
-            _raise_unfit(name, path, (), extra, [differ])
+            raise_unfit(name, path, (), extra, [differ])
         if patches != math.prod(grid) and flags is not None:
             _raise_another_size(vit, name, path, side, flags)
     for key, ours in vit.state_dict().items():
@@ -364,11 +365,11 @@ def _require_grid(vit: nn.Module, name: str, path: Path, state: Mapping[str, Ten
         others = len(ours) - math.prod(2 * size - 1 for size in window)  # distances to prefix tokens
         side = math.isqrt(max(len(table) - others, 0))
         if table.shape[1:] != ours.shape[1:] or side**2 != len(table) - others or side % 2 == 0:
-            _raise_unfit(name, path, differ=[f"{key}: {tuple(table.shape)} for {tuple(ours.shape)}"])
+            raise_unfit(name, path, differ=[f"{key}: {tuple(table.shape)} for {tuple(ours.shape)}"])
         if flags is not None and window == tuple(grid):
             _raise_another_size(vit, name, path, (side + 1) // 2, flags)
         if flags is not None:
-            _raise_unfit(name, path, differ=[f"{key}: {tuple(table.shape)} for {tuple(ours.shape)}"])
+            raise_unfit(name, path, differ=[f"{key}: {tuple(table.shape)} for {tuple(ours.shape)}"])
 
 
 def _raise_another_size(vit: nn.Module, name: str, path: Path, side: int, flags: str) -> NoReturn:

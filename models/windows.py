@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.positions import Places, Position
+from models.positions import Known, Places, Position
 
 APART = -100.0
 """What timm adds to the scores of tokens that only the cyclic shift has brought into one window."""
@@ -255,7 +255,7 @@ class WindowBias(Position):
 
     def __init__(self, table: nn.Module, window: tuple[int, int]) -> None:
         super().__init__()
-        self.table, (rows, cols) = table, window
+        self.table, self.window, (rows, cols) = table, window, window
         steps = torch.arange(rows)[:, None] * (2 * cols - 1) + torch.arange(cols)
         self.register_buffer("steps", steps.flatten(), persistent=False)
         self.none = (rows - 1) * (2 * cols - 1) + cols - 1  # the number of distance zero
@@ -265,3 +265,6 @@ class WindowBias(Position):
         steps = self.steps[None] if where.slots is None else self.steps[where.slots]
         distances = steps[:, :, None] - steps[:, None] + self.none
         return F.embedding(distances, self.table()).permute(0, 3, 1, 2)
+
+    def fixed(self, dtype: torch.dtype) -> WindowBias:
+        return WindowBias(Known(self.table(), dtype), self.window).to(self.steps.device)

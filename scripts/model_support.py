@@ -31,7 +31,7 @@ from models.sparse_vit import require_supported
 from utils.cli import Parser
 from utils.errors import UserError
 from utils.files import atomic, user_path
-from utils.report import table
+from utils.report import markdown, table
 
 MODULES = (
     "vision_transformer",
@@ -88,9 +88,12 @@ def architecture(name: str, pretrained: Sequence[str]) -> Architecture:
     return Architecture(name, type(vit).__name__, why, sum(p.numel() for p in vit.parameters()), tuple(pretrained))
 
 
+HEADER = ("timm's class", "names", "accepted", "refused", "to start with")
+
+
 def support_table(found: Sequence[Architecture], headless: int) -> str:
     """By family: how many pretrained names there are and can be used, why others cannot, and one to start with."""
-    rows = ["| timm's class | names | accepted | refused | to start with |", "|---|---|---|---|---|"]
+    rows = []
     for family in dict.fromkeys(one.family for one in found):
         ours = [one for one in found if one.family == family]
         refused = Counter()
@@ -98,11 +101,15 @@ def support_table(found: Sequence[Architecture], headless: int) -> str:
             refused[one.why] += len(one.pretrained)
         accepted = refused.pop("", 0)
         reasons = "; ".join(f"{count}: {why}" for why, count in refused.most_common())
-        rows.append(f"| `{family}` | {accepted + refused.total()} | {accepted} | {reasons} | {first_of(ours)} |")
+        rows.append([f"`{family}`", accepted + refused.total(), accepted, reasons, first_of(ours)])
     names, accepted = counted(found), counted([one for one in found if not one.why])
     without = f"; {headless} more have none" if headless else ""
     return "\n".join(
-        [*rows, "", f"{accepted} of {names} names with a classifier, in timm {timm.__version__}{without}."]
+        [
+            markdown(HEADER, rows),
+            "",
+            f"{accepted} of {names} names with a classifier, in timm {timm.__version__}{without}.",
+        ]
     )
 
 

@@ -21,6 +21,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table as pages have it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
     return "-" if seconds is None else f"{seconds:.1f} s"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from timm.models.beit import Attention, Beit, Block
-from torch import nn
+from torch import Tensor, nn
 
 from models.blocks import SparseBlock
 from models.families.base import Parts, block_parts, one_token
 from models.head import Head
-from models.positions import RelativeBias, TokenPlaces
+from models.positions import PairPlaces, RelativeBias
 
 tokens_per_side = one_token
 MODELS = (Beit,)
@@ -30,7 +30,7 @@ def parts(vit: Beit) -> Parts:
         head=Head(vit.head, vit.global_pool, vit.num_prefix_tokens, vit.cls_token is not None, vit.fc_norm),
         cls_token=vit.cls_token,
         pos_embed=vit.pos_embed,
-        places=TokenPlaces(vit.num_prefix_tokens),
+        places=PairPlaces(vit.num_prefix_tokens, vit.patch_embed.num_patches),
     )
 
 
@@ -42,13 +42,13 @@ class _Table(nn.Module):
         self.table = attn.relative_position_bias_table
         self.register_buffer("index", attn.relative_position_index, persistent=False)
 
-    def forward(self):
+    def forward(self) -> Tensor:
         return self.table[self.index].permute(2, 0, 1)
 
 
 def _bias(vit: Beit, block: nn.Module) -> RelativeBias | None:
     if vit.rel_pos_bias is not None:
-        return RelativeBias(_Table(vit.rel_pos_bias), lambda table: table())
+        return RelativeBias(_Table(vit.rel_pos_bias))
     if block.attn.relative_position_bias_table is not None:
-        return RelativeBias(_Table(block.attn), lambda table: table())
+        return RelativeBias(_Table(block.attn))
     return None

@@ -9,11 +9,12 @@ from timm.models.vision_transformer_relpos import (
     ResPostRelPosBlock,
     VisionTransformerRelPos,
 )
+from torch import Tensor, nn
 
 from models.blocks import SparseBlock
 from models.families.base import Parts, block_parts, one_token
 from models.head import Head
-from models.positions import RelativeBias, TokenPlaces
+from models.positions import PairPlaces, RelativeBias
 
 tokens_per_side = one_token
 MODELS = (VisionTransformerRelPos,)
@@ -32,7 +33,7 @@ def parts(vit: VisionTransformerRelPos) -> Parts:
     blocks = []
     for block in vit.blocks:
         module = vit.shared_rel_pos if vit.shared_rel_pos is not None else block.attn.rel_pos
-        position = None if module is None else RelativeBias(module, lambda of: of.get_bias()[0])
+        position = None if module is None else RelativeBias(_Table(module))
         post_norm = type(block) is ResPostRelPosBlock
         blocks.append(SparseBlock(**block_parts(block, post_norm), position=position))
     return Parts(
@@ -40,5 +41,16 @@ def parts(vit: VisionTransformerRelPos) -> Parts:
         norm=vit.norm,
         head=Head(vit.head, vit.global_pool, vit.num_prefix_tokens, vit.cls_token is not None, vit.fc_norm),
         cls_token=vit.cls_token,
-        places=TokenPlaces(vit.num_prefix_tokens),
+        places=PairPlaces(vit.num_prefix_tokens, vit.patch_embed.num_patches),
     )
+
+
+class _Table(nn.Module):
+    """The biases of all pairs (heads, T, T) of timm's module, which makes them of a table or by a small network."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> Tensor:
+        return self.module.get_bias()[0]

@@ -26,7 +26,7 @@ from pathlib import Path
 from utils.cli import Parser, positive
 from utils.errors import UserError
 from utils.files import writable_folder, write_json
-from utils.report import table
+from utils.report import markdown, table
 
 PLAIN = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
 WINDOWS = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
@@ -113,13 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = commands(row, args.epochs, output)
         found = [f"{top1(f'{row}, {name}', script, text.split()):.2f}" for name, (script, text) in wanted.items()]
         lines.append([row, f"`{ROWS[row][0]}`", *found])
-    print(table(["family", "architecture", "teacher", *RUNS], lines))
-    (output / "table.md").write_text(_markdown(["family", "architecture", "teacher", *RUNS], lines))
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    header = ["family", "architecture", "teacher", *RUNS]
+    print(table(header, lines))
+    (output / "table.md").write_text(markdown(header, lines) + "\n")
 
 
 if __name__ == "__main__":

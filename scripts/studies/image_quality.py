@@ -36,7 +36,7 @@ from utils.device import pick_dtype, versions
 from utils.errors import UserError
 from utils.files import atomic, user_path, writable_folder, write_json
 from utils.lazy import F, torch
-from utils.report import table
+from utils.report import markdown, table
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -570,12 +570,6 @@ def tables(lines: Sequence[dict], ranks: Sequence[dict], judges: Mapping[str, Ju
             ([keys[0], *keys[1:]], [[line["without"], *(shown(line[key]) for key in keys[1:])] for line in ranks])
         )
     return found
-
-
-def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table as pages have it."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def write_page(path: Path, found: Sequence[tuple[list, list]]) -> None:

@@ -31,6 +31,7 @@ from utils.errors import UserError, run_main
 from utils.evaluation import evaluate
 from utils.files import atomic, writable_folder, write_json
 from utils.images import Real, images_at_hand
+from utils.report import markdown
 
 WIDTHS = ((8, 8), (4, 8), (4, 4))
 OPENVINO = "pip install openvino, or give --openvino another interpreter"
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows.append({"runs": f"opset {opset}, {runtime}", **top1})
     write_json(output / "runtimes.json", {"full_precision": found["full precision"]["top1"], "rows": rows})
     lines = [[row["runs"], *(shown(row[name]) for name in models)] for row in rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in (["", *models], ["---"] * (1 + len(models)), *lines))
+    text = markdown(["", *models], lines)
     with atomic(output / "runtimes.md") as partial:
         partial.write_text(text + "\n")
     print(f"top-1 % of {len(labels)} images, full precision {found['full precision']['top1']:.2f}\n{text}")

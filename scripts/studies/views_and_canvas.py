@@ -29,14 +29,14 @@ from models.config import ModelConfig
 from quant import OBSERVERS, QuantConfig
 from scripts.compare import bits
 from scripts.comparison import Rows
-from scripts.studies.image_quality import Bench, Images, QualityConfig, cell, chosen_figures, markdown, shown
+from scripts.studies.image_quality import Bench, Images, QualityConfig, cell, chosen_figures, shown
 from scripts.studies.train_judges import JudgeConfig, judges
 from utils.cli import Number, Parser, add_flags, check_numbers, from_flags, natural, positive, setting, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype, versions
 from utils.files import atomic, writable_folder, write_json
 from utils.lazy import torch
-from utils.report import table
+from utils.report import markdown, table
 
 if TYPE_CHECKING:
     from torch import Tensor
