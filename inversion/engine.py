@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,8 @@ from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels
 from inversion.views import Draw, Seen, Views, numbers_of
-from models import LoadedModel, SparseImages, SparseViT, pack_blocks
-from utils.device import keep_freed_memory, require_memory, within_memory
+from models import DISAGREE, LoadedModel, SparseImages, SparseViT, frozen_copy
+from utils.device import require_memory, within_memory
 from utils.errors import UserError, UserNote
 
 REFRESH = 20
@@ -135,13 +134,7 @@ class Inverter:
 
     def _frozen(self, model: LoadedModel) -> SparseViT:
         """A copy on the device, in the configured dtype, made fast for gradients to pixels alone."""
-        vit = SparseViT(model.vit)
-        if self.plain:
-            vit.plainly()
-        elif self.device.type == "cpu":
-            keep_freed_memory()
-            pack_blocks(vit, self.dtype)
-        return copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False).with_fixed_positions()
+        return frozen_copy(model.vit, self.device, self.dtype, self.plain)
 
     @property
     def images_per_trajectory(self) -> int:
@@ -248,8 +241,7 @@ class Inverter:
             patches = canvas.patches()
         if fast_paths_agree(self.model, self.vit, patches, self.config.views, (draw, drawn)):
             return canvas
-        text = "packed layers or gradients written out do not compute what plain code does here, so plain code runs"
-        warnings.warn(UserNote(f"{text}: slower, and right (as with --eager)"), stacklevel=2)
+        warnings.warn(UserNote(DISAGREE), stacklevel=2)
         self._prepare(plain=True)
         canvas.plain = True
         return canvas

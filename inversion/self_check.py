@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from inversion.canvas import PatchCanvas
 from inversion.total_variation import total_variation
 from inversion.views import Draw, Views
-from models import LoadedModel, SparseViT
+from models import LoadedModel, SparseViT, near
 
 IMAGES = 2
 """Of the first batch."""
-SLACK = 4.0
-"""Errors of the fast paths, in those of plain code in the same number format."""
-FLOOR = 1e-2
-"""Relative error that is nobody's fault."""
 
 _found: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 
@@ -55,7 +51,7 @@ def fast_paths_agree(
         )
         for kind in (torch.float32, dtype)
     )
-    agree = all(_near(*values) for values in zip(found, expected, exact, strict=True))
+    agree = all(near(*values) for values in zip(found, expected, exact, strict=True))
     _found.setdefault(model.vit, {})[device, dtype, views] = agree
     return agree
 
@@ -72,9 +68,3 @@ def _outcome(vit: SparseViT, canvas: PatchCanvas, views: Views, draw: Draw) -> l
 
 def _gradient(value: Tensor, canvas: PatchCanvas) -> Tensor:
     return torch.autograd.grad(value, canvas.pixels)[0]
-
-
-def _near(found: Tensor, expected: Tensor, exact: Tensor) -> bool:
-    """Whether an error is about as large as another one, or small. A model that is not finite is no kernel's fault."""
-    allowed = SLACK * (expected - exact).norm() + FLOOR * exact.norm()
-    return not bool(allowed.isfinite()) or bool((found - exact).norm() <= allowed)

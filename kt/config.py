@@ -13,6 +13,7 @@ from utils.errors import UserError
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
 KEPT = ("last", "agreement")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class DistillConfig:
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
     temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
     augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
+    reuse: int = setting(
+        1,
+        "steps for every batch that teacher and backbone look at, of a student whose head alone learns: each draws "
+        "from what they said of the last batches",
+        type=positive,
+    )
+    dtype: str = setting(
+        "auto",
+        "of the teacher, of a backbone that does not learn, and of the products of a Vision Transformer that does",
+        "--kd_dtype",
+        choices=DTYPES,
+    )
     fill: bool | None = setting(
         None,
         "feed whole images; stopped patches as pools show them, else their nearest; default where a student needs them",
@@ -85,7 +98,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         any_seed.check(self.seed, "--seed")
-        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT}
+        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT, "dtype": DTYPES}
         for way in self.match:
             parse_match(way)
         if len({way.partition(":")[0] for way in self.match}) < len(self.match):

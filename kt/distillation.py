@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +17,82 @@ from tqdm import tqdm
 from kt.augment import augmented, drawn
 from kt.config import DistillConfig
 from kt.match import Match, distillation_loss, made
-from kt.whole import WholeStudent
-from models import LoadedModel, SparseImages, SparseViT, ViTOutput
+from kt.whole import WholeStudent, classifier_parameters
+from models import DISAGREE, LoadedModel, SparseImages, SparseViT, ViTOutput, frozen_copy, near
 from utils.checkpoint import Checkpoint
-from utils.device import pick_device, require_memory, within_memory
-from utils.errors import UserError
+from utils.device import pick_device, pick_dtype, require_memory, within_memory
+from utils.errors import UserError, UserNote
 from utils.ranks import rank, ranks, summed, wait_for_all
+
+Result = TypeVar("Result")
 
 
 class Lesson(nn.Module):
     """What a student says of a batch, held against what the teacher says of it: the loss, as one module.
 
     What learns in a way of matching learns with the student, also where several ranks average gradients.
+
+    Args:
+        student: fed patches and positions; or, where its head alone learns, what the head reads, and tokens.
+        matches: ways of matching with their weights.
+        dtype: of the student's products.
+        head_alone: which of the two it is fed.
     """
 
-    def __init__(self, student: nn.Module, matches: list[tuple[float, Match]]) -> None:
+    def __init__(
+        self, student: nn.Module, matches: list[tuple[float, Match]], dtype: torch.dtype, head_alone: bool
+    ) -> None:
         super().__init__()
         self.student, self.weights = student, [weight for weight, _ in matches]
         self.matches = nn.ModuleList(match for _, match in matches)
+        self.dtype, self.head_alone = dtype, head_alone
 
     @property
     def reads_tokens(self) -> bool:
         """Whether patch tokens are compared."""
         return any(match.reads_tokens for match in self.matches)
 
-    def forward(self, patches: Tensor, positions: Tensor, taught: ViTOutput) -> Tensor:
+    def said(self, *fed: Tensor | None) -> ViTOutput:
+        """What the student says, in float32."""
+        if self.head_alone:
+            features, tokens = fed
+            return ViTOutput(self.student.classify(features), features, tokens=tokens)
+        patches, positions = fed
+        with torch.autocast(patches.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            said = self.student(patches, positions, **tokens_if(self.reads_tokens))
+        return in_float(said)
+
+    def forward(self, fed: tuple[Tensor | None, ...], taught: ViTOutput) -> Tensor:
         """The loss () of a batch of which the teacher says `taught`."""
-        said = self.student(patches, positions, **tokens_if(self.reads_tokens))
+        said = self.said(*fed)
         return sum(w * match(said, taught) for w, match in zip(self.weights, self.matches, strict=True))
+
+
+def in_float(said: ViTOutput) -> ViTOutput:
+    """Logits, features and tokens in float32."""
+    tokens = None if said.tokens is None else said.tokens.float()
+    return ViTOutput(said.logits.float(), said.features.float(), tokens=tokens)
+
+
+class Memory:
+    """What a frozen backbone gave for the batches seen last, and the teacher's logits: rows of up to `SIZE` images."""
+
+    SIZE = 4096
+
+    def __init__(self) -> None:
+        self.features = self.logits = None
+
+    def add(self, features: Tensor, logits: Tensor) -> None:
+        """Put a batch in; the oldest go."""
+        if self.features is not None:
+            features, logits = torch.cat([self.features, features]), torch.cat([self.logits, logits])
+        self.features, self.logits = features[-self.SIZE :], logits[-self.SIZE :]
+
+    def drawn(self, count: int, generator: torch.Generator) -> tuple[tuple[Tensor, None], ViTOutput]:
+        """As many rows, none twice: what a head is fed, and what the teacher says."""
+        rows = torch.randperm(len(self.features), generator=generator)[:count].to(self.features.device)
+        logits = self.logits[rows]
+        return (self.features[rows], None), ViTOutput(logits, logits)
 
 
 def tokens_if(wanted: bool) -> dict[str, bool]:
@@ -86,9 +134,15 @@ class Distiller:
             raise UserError(f"--kr-batchsize {config.batch_size} cannot be divided evenly among {ranks()} ranks")
         self.config, self.device, self.steps = config, device, 0
         self._require_memory(student)
-        self.teacher = SparseViT(copy.deepcopy(teacher.vit).requires_grad_(False).to(device))
+        self.dtype, self.eager = getattr(torch, pick_dtype(config.dtype, device)), eager
+        self.teacher = self._frozen(teacher.vit)
         self.student = student.sparse(device)
         whole = isinstance(student, WholeStudent)
+        classifier = {id(parameter) for parameter in classifier_parameters(student.vit)}
+        self.head_alone = all(id(p) in classifier for p in student.vit.parameters() if p.requires_grad)
+        if whole:
+            self.head_alone &= isinstance(student.vit.get_classifier(), nn.Module)
+        self.backbone = self._frozen(student.vit) if self.head_alone and not whole else None
         self.fill = whole if config.fill is None else config.fill
         if whole and not (self.fill or config.join):
             raise UserError(f"--no-fill: {student.name} is fed whole images; leave it out, or give --join")
@@ -97,11 +151,13 @@ class Distiller:
                 f"--kr-batchsize {config.batch_size}: the batch norms of {student.name} learn from 2 images or more at "
                 "a time, on each rank"
             )
-        if eager:
-            self.teacher.plainly()
-            if not whole:
-                self.student.plainly()
-        self.lesson = Lesson(self.student, made(config.match, self.student, self.teacher, config.temperature))
+        if eager and not whole:
+            self.student.plainly()
+        matches = made(config.match, self.student, self.teacher, config.temperature)
+        # Gradients through batch norms of a small batch lose too much by rounding.
+        learns_in = torch.float32 if whole else self.dtype
+        self.lesson, self.memory = Lesson(self.student, matches, learns_in, self.head_alone), Memory()
+        self._require_reuse(student.name)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
         if config.optimizer == "sgd":
@@ -109,6 +165,33 @@ class Distiller:
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    def _frozen(self, vit: nn.Module) -> SparseViT:
+        """A copy that does not learn. Where it would compute something else than plain code does, it is plain."""
+        fast = frozen_copy(vit, self.device, self.dtype, self.eager)
+        if self.eager:
+            return fast
+        grid, generator = fast.grid, torch.Generator().manual_seed(0)
+        images = torch.randn(2, grid.channels, *grid.image_size, generator=generator).to(self.device)
+        plain = [frozen_copy(vit, self.device, dtype, plain=True) for dtype in (self.dtype, torch.float32)]
+        with torch.no_grad():
+            said = [one.forward_images(images.to(one.patch_proj.weight.dtype)) for one in (fast, *plain)]
+        if near(*(logits.float() for logits in said)):
+            return fast
+        warnings.warn(UserNote(DISAGREE), stacklevel=2)
+        return plain[0]
+
+    def _require_reuse(self, name: str) -> None:
+        """Raise `UserError` where what was seen cannot be fed to the student again."""
+        reuse = self.config.reuse
+        if reuse == 1:
+            return
+        if not self.head_alone:
+            raise UserError(f"--reuse {reuse}: more than one head of {name} learns; leave it out")
+        if self.lesson.reads_tokens:
+            raise UserError(f"--reuse {reuse} keeps no tokens, which --match features and relations compare")
+        if ranks() > 1:
+            raise UserError(f"--reuse {reuse} is for one process")
 
     def _require_memory(self, student: LoadedModel | WholeStudent) -> None:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
@@ -139,38 +222,62 @@ class Distiller:
         return loss
 
     def _step(self, images: SparseImages) -> Tensor:
-        # Every rank draws the whole batch, from the same random numbers, and takes its part.
-        batch = drawn(images, self.config.batch_size, self.generator)
-        batch = batch.filled(self.teacher.grid) if self.fill else batch
-        batch = augmented(batch, self.teacher.grid, self.config.augment, self.generator)
-        batch = batch.at(slice(rank(), None, ranks()))
-        if self.config.lr_schedule == "cosine":
-            done = min(self.steps / (self.config.epochs * self.config.steps), 1)
+        config = self.config
+        if config.lr_schedule == "cosine":
+            done = min(self.steps / (config.epochs * config.steps), 1)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * (1 + math.cos(math.pi * done)) / 2
+                group["lr"] = config.lr * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.zero_grad()
-        loss = within_memory(
-            lambda: self._gradient(self.model, batch),
-            lambda images: self._gradient(self.lesson, batch.at(slice(images))),
-            len(batch),
-            "--kr-batchsize",
-            self.device,
-        )
+        if config.reuse == 1:
+            batch = self._batch(images)
+            loss = self._within_memory(lambda: self._gradient(self.model, *self._seen(batch)), batch)
+        else:
+            if self.steps % config.reuse == 0 or self.memory.features is None:
+                batch = self._batch(images)
+                (features, _), taught = self._within_memory(lambda: self._seen(batch), batch)
+                self.memory.add(features, taught.logits)
+            loss = self._gradient(self.model, *self.memory.drawn(config.batch_size, self.generator))
         self.optimizer.step()
         self.steps += 1
         return loss
 
-    def _gradient(self, model: nn.Module, batch: SparseImages) -> Tensor:
+    def _batch(self, images: SparseImages) -> SparseImages:
+        """This rank's part of a batch: every rank draws the whole of it, from the same random numbers."""
+        batch = drawn(images, self.config.batch_size, self.generator)
+        batch = batch.filled(self.teacher.grid) if self.fill else batch
+        batch = augmented(batch, self.teacher.grid, self.config.augment, self.generator)
+        return batch.at(slice(rank(), None, ranks()))
+
+    def _within_memory(self, do: Callable[[], Result], batch: SparseImages) -> Result:
+        return within_memory(
+            do,
+            lambda images: self._gradient(self.lesson, *self._seen(batch.at(slice(images)))),
+            len(batch),
+            "--kr-batchsize",
+            self.device,
+        )
+
+    def _gradient(self, model: nn.Module, fed: tuple[Tensor | None, ...], taught: ViTOutput) -> Tensor:
         """The loss, whose gradient is left for the optimizer."""
-        loss = model(*self._taught(batch))
+        loss = model(fed, taught)
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
-    def _taught(self, batch: SparseImages) -> tuple[Tensor, Tensor, ViTOutput]:
-        """Patches and positions of a batch on the device, and what the teacher says of them."""
+    def _seen(self, batch: SparseImages) -> tuple[tuple[Tensor | None, ...], ViTOutput]:
+        """What learns of the student is fed of a batch, and what the teacher says of it."""
         patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
-        return patches, positions, self.teacher(patches, positions, **tokens_if(self.lesson.reads_tokens))
+        how = tokens_if(self.lesson.reads_tokens)
+        taught = in_float(self.teacher(patches.to(self.dtype), positions, **how))
+        if not self.head_alone:
+            return (patches, positions), taught
+        if self.backbone is not None:
+            said = self.backbone(patches.to(self.dtype), positions, **how)
+        else:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                said = self.student(patches, positions)
+        said = in_float(said)
+        return (said.features, said.tokens), taught
 
     @torch.no_grad()
     def agreement(self, images: SparseImages) -> tuple[float, float]:
@@ -178,8 +285,8 @@ class Distiller:
         images = images.filled(self.teacher.grid) if self.fill else images
         same, divergence = 0.0, 0.0
         for batch in images.batches(self.config.batch_size):
-            patches, positions, taught = self._taught(batch)
-            said = self.student(patches, positions).logits
+            fed, taught = self._seen(batch)
+            said = self.lesson.said(*fed).logits
             same += (said.argmax(dim=1) == taught.logits.argmax(dim=1)).sum().item()
             divergence += len(batch) * distillation_loss(said, taught.logits, self.config.temperature).item()
         return 100 * same / len(images), -divergence / len(images)
@@ -195,6 +302,7 @@ class Distiller:
             "matches": {key: value.cpu().clone() for key, value in self.lesson.matches.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
+            "memory": (self.memory.features, self.memory.logits),
             "random": self.generator.get_state(),
             "dropout": torch.get_rng_state(),
             "cuda_dropout": torch.cuda.get_rng_state_all(),
@@ -206,6 +314,9 @@ class Distiller:
         self.lesson.matches.load_state_dict(state["matches"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self.memory.features, self.memory.logits = (
+            None if rows is None else rows.to(self.device) for rows in state["memory"]
+        )
         self.generator.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
         if len(state["cuda_dropout"]) == torch.cuda.device_count():

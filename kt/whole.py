@@ -75,9 +75,21 @@ class WholeImages(nn.Module):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
         self.model.train(self.learns and torch.is_grad_enabled())
-        said = self.model(self.ours.normalize(images))
+        read, classifier = [], self.model.get_classifier()
+        listening = isinstance(classifier, nn.Module)  # not two of them
+        if listening:
+            handle = classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            said = self.model(self.ours.normalize(images))
+        finally:
+            if listening:
+                handle.remove()
         self.model.eval()
-        return ViTOutput(said, said)
+        return ViTOutput(said, read[0] if len(read) == 1 else said)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """What the classifier reads -> logits (B, classes)."""
+        return self.model.get_classifier()(features)
 
     def forward_images(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) that were made ready for the model itself."""

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "models.config": ("DEFAULT_MODEL", "ModelConfig"),
-        "models.packed": ("pack_blocks",),
+        "models.packed": ("DISAGREE", "frozen_copy", "near", "pack_blocks"),
         "models.patches": ("PatchGrid", "SparseImages"),
         "models.registry": ("LoadedModel", "load_model"),
         "models.sparse_vit": ("SparseViT", "ViTOutput"),

@@ -7,6 +7,7 @@ the backward pass is only what the gradient to the tokens needs.
 
 from __future__ import annotations
 
+import copy
 import platform
 
 import torch
@@ -16,8 +17,51 @@ from torch import Tensor, nn
 from models.attention import attend, attend_backward, pad_tokens
 from models.blocks import BlockOutput, SparseBlock, gelu, joined
 from models.sparse_vit import SparseViT
+from utils.device import keep_freed_memory
 
 aten = torch.ops.aten
+
+SLACK = 4.0
+"""Errors of the fast paths, in those of plain code in the same number format."""
+FLOOR = 1e-2
+"""Relative error that is nobody's fault."""
+DISAGREE = (
+    "packed layers or gradients written out do not compute what plain code does here, so plain code runs: slower, and "
+    "right (as with --eager)"
+)
+"""What a user is told where `near` says no."""
+
+
+def frozen_copy(vit: nn.Module, device: torch.device, dtype: torch.dtype, plain: bool = False) -> SparseViT:
+    """A copy of a timm model on kept patches, whose weights will not change: made fast for gradients to pixels alone.
+
+    Args:
+        vit: left alone.
+        device: where the copy runs.
+        dtype: of its weights, and of the patches that it is fed.
+        plain: by stock kernels and autograd alone.
+    """
+    copied = SparseViT(vit)
+    if plain:
+        copied.plainly()
+    elif device.type == "cpu":
+        keep_freed_memory()
+        pack_blocks(copied, dtype)
+    return copy.deepcopy(copied).to(device, dtype).requires_grad_(False).with_fixed_positions()
+
+
+def near(found: Tensor, expected: Tensor, exact: Tensor) -> bool:
+    """Whether a fast path's error is about as large as that of plain code, or small.
+
+    A model that is not finite is no kernel's fault.
+
+    Args:
+        found: by the fast path.
+        expected: by plain code in the same number format.
+        exact: by plain code in float32.
+    """
+    allowed = SLACK * (expected - exact).norm() + FLOOR * exact.norm()
+    return not bool(allowed.isfinite()) or bool((found - exact).norm() <= allowed)
 
 
 def pack_blocks(vit: SparseViT, dtype: torch.dtype) -> None:

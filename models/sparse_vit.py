@@ -160,7 +160,11 @@ class SparseViT(nn.Module):
         x = self.norm(x)
         features = self.head.features(x)
         tokens = x[:, self.head.prefix_tokens :] if return_tokens else None
-        return ViTOutput(self.head.classify(features), features, tuple(attended), tuple(present), tokens)
+        return ViTOutput(self.classify(features), features, tuple(attended), tuple(present), tokens)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """What the classifier reads (B, D) -> logits (B, classes)."""
+        return self.head.classify(features)
 
     def attention_weights(self, patches: Tensor, positions: Tensor, last_only: bool = False) -> list[Tensor]:
         """What every token gives every token in each block, mean over heads: (B, T, T), prefix tokens first.

@@ -197,6 +197,21 @@ def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
         assert all(row <= found.keys() for found in report["rows"])
 
 
+def test_steps_of_distillation_are_timed_on_the_bundled_model(tmp_path):
+    result = run_script("scripts/bench/bench_transfer.py", "--batch", 2, "--repeats", 1, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert [(row["name"], row["patches"]) for row in rows[:3]] == [
+        ("head, plain", 64),
+        ("head", 64),
+        ("head, reuse", 64),
+    ]
+    assert {row["patches"] for row in rows} == {64, 16}
+    for row in rows:
+        assert row["seconds_min"] <= row["seconds_per_step"] <= row["seconds_max"]
+        assert f"| {row['name']} | {row['patches']} |" in result.stdout
+
+
 def wrong(flags: list[str], *expected: str):
     return pytest.param(flags, expected, id=" ".join(flags)[:60])
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,17 @@ from kt import (
     load_student,
     save_student,
 )
+from kt.distillation import Memory
 from kt.match import made
 from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
+from models.packed import PackedBlock
 from scripts import compare_kt
 from tests.conftest import ROOT, TINY_ARGS, run_script, tiny_model
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
 from utils.config import DataConfig
 from utils.data import limited, load_split
-from utils.errors import UserError
+from utils.errors import UserError, UserNote
 
 GRID = PatchGrid(4, 4, 8, 8)
 CPU = torch.device("cpu")
@@ -503,7 +506,7 @@ def test_adversarial_images_follow_the_student_also_after_a_restart(tmp_path):
 
 
 def test_two_ranks_transfer_as_one_does(tmp_path):
-    arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2]
+    arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2, "--kd_dtype", "float32"]
     for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
         result = run("test_kt.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
@@ -577,7 +580,7 @@ def test_a_look_at_images_held_back_teaches_a_student_nothing():
     teacher = tiny_model()
     student = load_student(teacher, CNN)
     student.vit.drop_rate = 0.5
-    distiller = Distiller(teacher, student, DistillConfig(batch_size=4), CPU)
+    distiller = Distiller(teacher, student, DistillConfig(batch_size=4, dtype="float32"), CPU)
     distiller.run(kept_images(), 3)
     before, images = distiller.weights(), kept_images(12)
     found = [distiller.agreement(images) for _ in range(2)]
@@ -658,6 +661,7 @@ def test_images_are_counted_as_they_were_made(tmp_path):
         (["--minutes", 60, "--no-fill", "--student", "resnet10t"], "--no-fill"),
         (["--keep_student", "agreement", "--held_back", 8, "--iterations", 10**6], "--held_back 8.*8 images"),
         (["--kr-batchsize", 1, "--student", "resnet10t"], "--kr-batchsize 1.*batch norms"),
+        (["--reuse", 2], "--reuse 2: more than one head of .* learns"),
         (["--student_img_size", 64], "--student_img_size.*--student"),
     ],
     ids=str,
@@ -701,3 +705,95 @@ def test_a_cnn_learns_from_a_teacher_of_grey_images():
     assert len(student.preprocessing.mean) == 1
     images = SparseImages.whole(teacher.grid, torch.randn(4, 1, 32, 32), torch.zeros(4, dtype=torch.long))
     assert math.isfinite(Distiller(teacher, student, DistillConfig(batch_size=4), CPU).run(images, 1))
+
+
+def taught(student, config: DistillConfig, eager: bool = False, images=None) -> dict[str, torch.Tensor]:
+    """What a student has learnt of a tiny teacher in three steps."""
+    distiller = Distiller(tiny_model(), student, config, CPU, eager)
+    distiller.run(images or kept_images(), 3)
+    return distiller.weights()
+
+
+def a_student(kind: str) -> LoadedModel:
+    """Of random weights that differ from the teacher's: its head learns alone, or all of it."""
+    torch.manual_seed(1)
+    if kind.startswith("cnn"):
+        student = load_student(tiny_model(), CNN)
+        learns = kind == "cnn"
+    else:
+        student, learns = tiny_model(), kind == "all"
+        for parameter in student.vit.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    student.vit.requires_grad_(learns)
+    student.vit.get_classifier().requires_grad_(True)
+    return student
+
+
+KINDS = [("head", "logits"), ("head", "features"), ("all", "relations"), ("cnn head", "logits"), ("cnn", "logits")]
+
+
+@pytest.mark.parametrize(("kind", "match"), KINDS)
+def test_frozen_parts_made_fast_teach_the_same(kind, match):
+    config = DistillConfig(batch_size=4, lr=0.01, match=("logits", match) if match != "logits" else (match,))
+    plain = taught(a_student(kind), replace(config, dtype="float32"), eager=True)
+    exact = taught(a_student(kind), replace(config, dtype="float32"))
+    moved = [key for key, value in a_student(kind).sparse().state_dict().items() if not torch.equal(plain[key], value)]
+    assert moved and (len(moved) <= 2 or "head" not in kind), moved
+    for key in plain:
+        torch.testing.assert_close(exact[key], plain[key], rtol=1e-4, atol=1e-5, msg=key)
+    rounded = taught(a_student(kind), replace(config, dtype="bfloat16"))
+    before = a_student(kind).sparse().state_dict()
+    for key in moved:
+        if plain[key].is_floating_point():
+            step = (plain[key] - before[key]).norm()
+            assert (rounded[key] - plain[key]).norm() <= 0.1 * step + 1e-4, key
+
+
+@pytest.mark.parametrize("kind", ["head", "cnn head"])
+def test_what_was_seen_is_fed_to_a_head_again_instead_of_running_the_models(kind):
+    config = DistillConfig(batch_size=4, lr=0.01, reuse=3, dtype="float32", augment=())
+    distiller = Distiller(tiny_model(), a_student(kind), config, CPU)
+    looks = []
+    distiller.teacher.register_forward_hook(lambda *_: looks.append(1))
+    distiller.run(kept_images(4), 7)
+    assert len(looks) == 3
+    # Each batch is all four images, so every step is that of a run which looks each time.
+    once = Distiller(tiny_model(), a_student(kind), replace(config, reuse=1), CPU)
+    once.run(kept_images(4), 7)
+    learnt, expected = distiller.weights(), once.weights()
+    for key in expected:
+        torch.testing.assert_close(learnt[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_what_was_seen_is_kept_over_a_stop_and_no_more_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(Memory, "SIZE", 10)
+    config = DistillConfig(batch_size=4, epochs=4, steps=3, lr=0.01, reuse=2)
+
+    def learnt(epochs: int, folder: str) -> dict[str, torch.Tensor]:
+        student = a_student("head")
+        (tmp_path / folder).mkdir(exist_ok=True)
+        checkpoint = Checkpoint(tmp_path / folder, {}, "student")
+        distill(tiny_model(), student, kept_images(), replace(config, epochs=epochs), CPU, checkpoint=checkpoint)
+        return student.vit.state_dict()
+
+    straight = learnt(4, "straight")
+    learnt(2, "stopped")
+    stopped = learnt(4, "stopped")
+    assert all(torch.equal(stopped[key], straight[key]) for key in straight)
+    rows = Checkpoint(tmp_path / "straight", {}, "student").state["distiller"]["memory"]
+    assert [len(one) for one in rows] == [10, 10]
+
+
+def test_reuse_refuses_what_it_cannot_keep():
+    with pytest.raises(UserError, match="--reuse 2 keeps no tokens"):
+        Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
+
+
+def test_wrong_fast_kernels_are_noticed_and_not_used(monkeypatch):
+    right = taught(a_student("head"), DistillConfig(batch_size=4, dtype="float32"), eager=True)
+    forward = PackedBlock.forward
+    monkeypatch.setattr(PackedBlock, "forward", lambda *args: (2 * (out := forward(*args))[0], *out[1:]))
+    with pytest.warns(UserNote, match="plain code runs"):
+        found = taught(a_student("head"), DistillConfig(batch_size=4, dtype="float32"))
+    for key in right:
+        torch.testing.assert_close(found[key], right[key], rtol=1e-4, atol=1e-5, msg=key)

@@ -41,7 +41,7 @@ CPU_ONLY = ("packed blocks", "written-out attention")
 def left_out(way: str | None) -> Iterator[None]:
     """The engine without one of the ways; all are in use for None."""
     patches = {
-        "packed blocks": patch("inversion.engine.pack_blocks", lambda vit, dtype: None),
+        "packed blocks": patch("models.packed.pack_blocks", lambda vit, dtype: None),
         "written-out attention": patch("models.blocks.attention", _stock_attention),
         "folded last block": patch("models.blocks.SparseBlock._folds", lambda block: False),
         "CUDA graph": patch("inversion.capture.EAGER_STEPS", 10**9),
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print both tables."""
     args = parser().parse_args(argv)
     if args.return_memory:
-        patch("inversion.engine.keep_freed_memory", lambda: None).start()
+        patch("models.packed.keep_freed_memory", lambda: None).start()
     device = pick_device(args.device, args.gpu)
     config = inversion_config(args, args.batch)
     model = load_model(args.model, args.model_path, random_weights=args.random_weights)
