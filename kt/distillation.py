@@ -119,7 +119,7 @@ class Distiller:
         eager: by stock kernels and autograd alone; the weights are the same up to rounding.
 
     Raises:
-        UserError: a batch that the ranks cannot divide evenly.
+        UserError: a batch that the ranks cannot divide evenly, or settings that the student does not allow.
     """
 
     def __init__(

@@ -360,4 +360,5 @@ def test_eager_goes_through_and_pools_are_found_again(model, tmp_path, monkeypat
     student = tiny_model(depth=1)
     for how in (False, True):
         distiller = Distiller(model, student, DistillConfig(batch_size=2), CPU, eager=how)
-        assert [block.plain for vit in (distiller.teacher, distiller.student) for block in vit.blocks] == [how] * 3
+        blocks = [*distiller.teacher.blocks, *distiller.student.blocks]
+        assert [getattr(block, "plain", False) for block in blocks] == [how] * 3  # a packed one never is
