@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from kt.augment import AUGMENTATIONS
 from kt.match import MATCHES, parse_match
-from utils.cli import any_seed, check_numbers, image_side, positive, rate, setting
+from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting
 from utils.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
 KEPT = ("last", "agreement")
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class DistillConfig:
         "auto",
         "of the teacher, of a backbone that does not learn, and of the products of a Vision Transformer that does",
         "--kd_dtype",
-        choices=DTYPES,
+        choices=NUMBER_FORMATS,
     )
     fill: bool | None = setting(
         None,
@@ -98,7 +97,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         any_seed.check(self.seed, "--seed")
-        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT, "dtype": DTYPES}
+        known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT, "dtype": NUMBER_FORMATS}
         for way in self.match:
             parse_match(way)
         if len({way.partition(":")[0] for way in self.match}) < len(self.match):

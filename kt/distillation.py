@@ -52,7 +52,7 @@ class Lesson(nn.Module):
         """Whether patch tokens are compared."""
         return any(match.reads_tokens for match in self.matches)
 
-    def said(self, *fed: Tensor | None) -> ViTOutput:
+    def said(self, fed: tuple[Tensor | None, ...]) -> ViTOutput:
         """What the student says, in float32."""
         if self.head_alone:
             features, tokens = fed
@@ -64,7 +64,7 @@ class Lesson(nn.Module):
 
     def forward(self, fed: tuple[Tensor | None, ...], taught: ViTOutput) -> Tensor:
         """The loss () of a batch of which the teacher says `taught`."""
-        said = self.said(*fed)
+        said = self.said(fed)
         return sum(w * match(said, taught) for w, match in zip(self.weights, self.matches, strict=True))
 
 
@@ -139,10 +139,9 @@ class Distiller:
         self.student = student.sparse(device)
         whole = isinstance(student, WholeStudent)
         classifier = {id(parameter) for parameter in classifier_parameters(student.vit)}
-        self.head_alone = all(id(p) in classifier for p in student.vit.parameters() if p.requires_grad)
-        if whole:
-            self.head_alone &= isinstance(student.vit.get_classifier(), nn.Module)
-        self.backbone = self._frozen(student.vit) if self.head_alone and not whole else None
+        head_alone = all(id(p) in classifier for p in student.vit.parameters() if p.requires_grad)
+        head_alone = head_alone and (not whole or self.student.ends_in_classifier())
+        self.backbone = self._frozen(student.vit) if head_alone and not whole else None
         self.fill = whole if config.fill is None else config.fill
         if whole and not (self.fill or config.join):
             raise UserError(f"--no-fill: {student.name} is fed whole images; leave it out, or give --join")
@@ -156,7 +155,7 @@ class Distiller:
         matches = made(config.match, self.student, self.teacher, config.temperature)
         # Gradients through batch norms of a small batch lose too much by rounding.
         learns_in = torch.float32 if whole else self.dtype
-        self.lesson, self.memory = Lesson(self.student, matches, learns_in, self.head_alone), Memory()
+        self.lesson, self.memory = Lesson(self.student, matches, learns_in, head_alone), Memory()
         self._require_reuse(student.name)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
@@ -186,8 +185,8 @@ class Distiller:
         reuse = self.config.reuse
         if reuse == 1:
             return
-        if not self.head_alone:
-            raise UserError(f"--reuse {reuse}: more than one head of {name} learns; leave it out")
+        if not self.lesson.head_alone:
+            raise UserError(f"--reuse {reuse}: more than one last layer of {name} learns; leave it out")
         if self.lesson.reads_tokens:
             raise UserError(f"--reuse {reuse} keeps no tokens, which --match features and relations compare")
         if ranks() > 1:
@@ -214,8 +213,11 @@ class Distiller:
                 "the pool is empty; let images be synthesized (--images_per_epoch) or give another --datapool"
             )
         total = torch.zeros((), device=self.device)
-        for _ in range(steps):
-            total += self._step(images)
+        with warnings.catch_warnings():
+            # What torch says once of an RMS norm whose weights are in float32.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            for _ in range(steps):
+                total += self._step(images)
         loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise UserError(f"the distillation loss became {loss}; lower --lr, in a new --output")
@@ -269,7 +271,7 @@ class Distiller:
         patches, positions = batch.patches.to(self.device), batch.positions.to(self.device)
         how = tokens_if(self.lesson.reads_tokens)
         taught = in_float(self.teacher(patches.to(self.dtype), positions, **how))
-        if not self.head_alone:
+        if not self.lesson.head_alone:
             return (patches, positions), taught
         if self.backbone is not None:
             said = self.backbone(patches.to(self.dtype), positions, **how)
@@ -286,7 +288,7 @@ class Distiller:
         same, divergence = 0.0, 0.0
         for batch in images.batches(self.config.batch_size):
             fed, taught = self._seen(batch)
-            said = self.lesson.said(*fed).logits
+            said = self.lesson.said(fed).logits
             same += (said.argmax(dim=1) == taught.logits.argmax(dim=1)).sum().item()
             divergence += len(batch) * distillation_loss(said, taught.logits, self.config.temperature).item()
         return 100 * same / len(images), -divergence / len(images)

@@ -75,17 +75,30 @@ class WholeImages(nn.Module):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
         self.model.train(self.learns and torch.is_grad_enabled())
-        read, classifier = [], self.model.get_classifier()
-        listening = isinstance(classifier, nn.Module)  # not two of them
-        if listening:
-            handle = classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            said = self.model(self.ours.normalize(images))
-        finally:
-            if listening:
-                handle.remove()
+        said, features = self._said_and_read(self.ours.normalize(images))
         self.model.eval()
-        return ViTOutput(said, read[0] if len(read) == 1 else said)
+        return ViTOutput(said, said if features is None else features)
+
+    def _said_and_read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and what the classifier read for them; None where they are not what one classifier gave at last."""
+        classifier, asked = self.model.get_classifier(), []
+        heads = [classifier] if isinstance(classifier, nn.Module) else []
+        handles = [head.register_forward_hook(lambda _, read, gave: asked.append((read[0], gave))) for head in heads]
+        try:
+            said = self.model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(asked) == 1 and asked[0][1].shape == said.shape and asked[0][1].data_ptr() == said.data_ptr():
+            return said, asked[0][0]
+        return said, None
+
+    @torch.no_grad()
+    def ends_in_classifier(self) -> bool:
+        """Whether `classify` gives the logits: not of two heads, a convolution, or with something behind it."""
+        zeros = torch.zeros(2, *self.ours.input_size, device=next(self.parameters()).device)
+        self.model.eval()
+        return self._said_and_read(zeros)[1] is not None
 
     def classify(self, features: Tensor) -> Tensor:
         """What the classifier reads -> logits (B, classes)."""

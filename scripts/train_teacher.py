@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.config import DEFAULT_MODEL, NAMED_MODELS, ModelConfig
 from utils.cli import (
+    NUMBER_FORMATS,
     Parser,
     add_flags,
     any_seed,
@@ -110,7 +111,7 @@ class TrainConfig(Reading):
     flip: bool | None = setting(None, "mirror half of the images; default all but digits", action=BooleanOptionalAction)
     noise: float = setting(0.0, "noise added, normalized pixels: standard deviations in [0, NOISE)", type=deviation)
     patch_drop: float = setting(0.0, "patches left out of a step: a share in [0, PATCH_DROP)", type=share)
-    dtype: str = setting("auto", "number format of matrix products", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "number format of matrix products", choices=NUMBER_FORMATS)
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "seed of weights, order and augmentation", type=any_seed)
     num_workers: int = setting(4, "processes that load images, at most one a usable CPU", type=workers)

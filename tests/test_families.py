@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from inversion import InversionConfig, Inverter
 from inversion.canvas import PatchCanvas
 from inversion.importance import IMPORTANCES
-from models import SparseViT, pack_blocks
+from kt import DistillConfig, Distiller
+from models import SparseImages, SparseViT, pack_blocks
 from models.packed import PackedBlock
 from tests.conftest import run_script
-from tests.families import FAMILIES, LATE_NAMES, family_model, family_vit, fed_to_timm, images_of
+from tests.families import ALL_FAMILIES, FAMILIES, LATE_NAMES, family_model, family_vit, fed_to_timm, images_of
 from utils.errors import UserError
 
 # A layer for the outputs of attention and MLP together, and no layer scale.
@@ -234,3 +235,31 @@ from models import SparseViT
 print(*(type(SparseViT(model).blocks[0]).__name__ for model in models))
 """
     assert run_script("-c", code).stdout == "SparseBlock ParallelBlock\n"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("full", [False, True], ids=["head", "whole"])
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_fast_code_teaches_what_plain_code_does(name, full):
+    """Two steps of distillation, in float32 up to rounding and in bfloat16 nearly."""
+
+    def learnt(dtype: str, eager: bool) -> torch.Tensor:
+        torch.manual_seed(1)
+        teacher, student = family_model(name), family_model(name)
+        for parameter in student.vit.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+        student.vit.requires_grad_(full)
+        student.vit.get_classifier().requires_grad_(True)
+        grid, generator = student.grid, torch.Generator().manual_seed(0)
+        pixels = torch.randn(4, grid.channels, *grid.image_size, generator=generator)
+        before = {key: value.clone() for key, value in student.sparse().state_dict().items()}
+        config = DistillConfig(batch_size=4, lr=0.01, dtype=dtype, match=("logits", "relations"))
+        distiller = Distiller(teacher, student, config, torch.device("cpu"), eager)
+        distiller.run(SparseImages.whole(grid, pixels, torch.zeros(4).long()), 2)
+        after = distiller.weights()
+        return torch.cat([(after[key] - value).flatten() for key, value in before.items() if value.is_floating_point()])
+
+    plain = learnt("float32", eager=True)
+    assert plain.norm() > 1e-3
+    assert (learnt("float32", eager=False) - plain).norm() < 1e-3 * plain.norm()
+    assert (learnt("bfloat16", eager=False) - plain).norm() < 0.1 * plain.norm()

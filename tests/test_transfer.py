@@ -31,6 +31,7 @@ from kt import (
 )
 from kt.distillation import Memory
 from kt.match import made
+from kt.whole import classifier_parameters
 from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
 from models.packed import PackedBlock
 from scripts import compare_kt
@@ -661,7 +662,7 @@ def test_images_are_counted_as_they_were_made(tmp_path):
         (["--minutes", 60, "--no-fill", "--student", "resnet10t"], "--no-fill"),
         (["--keep_student", "agreement", "--held_back", 8, "--iterations", 10**6], "--held_back 8.*8 images"),
         (["--kr-batchsize", 1, "--student", "resnet10t"], "--kr-batchsize 1.*batch norms"),
-        (["--reuse", 2], "--reuse 2: more than one head of .* learns"),
+        (["--reuse", 2], "--reuse 2: more than one last layer of .* learns"),
         (["--student_img_size", 64], "--student_img_size.*--student"),
     ],
     ids=str,
@@ -763,6 +764,29 @@ def test_what_was_seen_is_fed_to_a_head_again_instead_of_running_the_models(kind
     learnt, expected = distiller.weights(), once.weights()
     for key in expected:
         torch.testing.assert_close(learnt[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "crossvit_tiny_240", "pit_ti_distilled_224", "volo_d1_224"])
+def test_a_last_layer_that_does_not_end_a_model_is_taught_through_all_of_it(name):
+    """A convolution, several classifiers, and one more behind the one that timm names."""
+    torch.manual_seed(0)
+    size = 32 if name.startswith("resnet") else None
+    student = load_student(tiny_model(), StudentConfig(name, init="scratch", finetune="full", img_size=size))
+    student.vit.requires_grad_(False)
+    for parameter in classifier_parameters(student.vit):
+        parameter.requires_grad_(True)
+    config = DistillConfig(batch_size=2, lr=0.01, dtype="float32", augment=())
+    with pytest.raises(UserError, match="--reuse 2: more than one last layer"):
+        Distiller(tiny_model(), student, replace(config, reuse=2), CPU)
+    images, distiller = kept_images(2), Distiller(tiny_model(), student, config, CPU)
+    pixels = tiny_model().preprocessing.denormalize(whole(images.filled(GRID)))
+    resized = torch.nn.functional.interpolate(
+        pixels, student.preprocessing.input_size[1:], mode="bicubic", antialias=True
+    )
+    with torch.no_grad():
+        said = student.vit(student.preprocessing.normalize(resized))
+        wanted = distillation_loss(said, tiny_model().vit(whole(images.filled(GRID))), 20.0)
+    assert distiller.run(images, 1) == pytest.approx(wanted.item(), rel=1e-3)
 
 
 def test_what_was_seen_is_kept_over_a_stop_and_no_more_than_there_is_room_for(tmp_path, monkeypatch):

@@ -12,6 +12,9 @@ from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
 
+NUMBER_FORMATS = ("auto", "float32", "bfloat16")
+"""What a flag can ask `utils.device.pick_dtype` for."""
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for flags whose help says in words what leaving them out means."""

@@ -14,7 +14,7 @@ from kt import DistillConfig, StudentConfig
 from models import ModelConfig
 from quant import QuantConfig
 from quant.config import PRESETS as QUANT_PRESETS
-from utils.cli import Parser, add_flags, from_flags, given_flags, natural, positive, rate, weight
+from utils.cli import NUMBER_FORMATS, Parser, add_flags, from_flags, given_flags, natural, positive, rate, weight
 from utils.config import DataConfig, RunConfig
 from utils.device import pick_device, pick_dtype
 from utils.errors import UserError
@@ -113,7 +113,7 @@ def add_common_arguments(parser: Parser, seed: int) -> None:
 def add_dtype_argument(parser: Parser) -> None:
     """`--dtype`, for `inversion_config`."""
     text = "number format of the inverted model; auto: bfloat16 where the hardware multiplies it"
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=text)
+    parser.add_argument("--dtype", choices=NUMBER_FORMATS, default="auto", help=text)
 
 
 def add_device_arguments(parser: Parser) -> None:
