@@ -186,7 +186,9 @@ class Distiller:
         if reuse == 1:
             return
         if not self.lesson.head_alone:
-            raise UserError(f"--reuse {reuse}: more than one last layer of {name} learns; leave it out")
+            raise UserError(
+                f"--reuse {reuse} is for a student of which one layer learns, at its end; {name} is not taught so"
+            )
         if self.lesson.reads_tokens:
             raise UserError(f"--reuse {reuse} keeps no tokens, which --match features and relations compare")
         if ranks() > 1:

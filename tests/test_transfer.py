@@ -662,7 +662,7 @@ def test_images_are_counted_as_they_were_made(tmp_path):
         (["--minutes", 60, "--no-fill", "--student", "resnet10t"], "--no-fill"),
         (["--keep_student", "agreement", "--held_back", 8, "--iterations", 10**6], "--held_back 8.*8 images"),
         (["--kr-batchsize", 1, "--student", "resnet10t"], "--kr-batchsize 1.*batch norms"),
-        (["--reuse", 2], "--reuse 2: more than one last layer of .* learns"),
+        (["--reuse", 2], "--reuse 2 is for a student of which one layer learns"),
         (["--student_img_size", 64], "--student_img_size.*--student"),
     ],
     ids=str,
@@ -776,7 +776,7 @@ def test_a_last_layer_that_does_not_end_a_model_is_taught_through_all_of_it(name
     for parameter in classifier_parameters(student.vit):
         parameter.requires_grad_(True)
     config = DistillConfig(batch_size=2, lr=0.01, dtype="float32", augment=())
-    with pytest.raises(UserError, match="--reuse 2: more than one last layer"):
+    with pytest.raises(UserError, match="--reuse 2 is for a student of which one layer learns"):
         Distiller(tiny_model(), student, replace(config, reuse=2), CPU)
     images, distiller = kept_images(2), Distiller(tiny_model(), student, config, CPU)
     pixels = tiny_model().preprocessing.denormalize(whole(images.filled(GRID)))
