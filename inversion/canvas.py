@@ -30,12 +30,22 @@ class Jitter(NamedTuple):
 
 
 def draw_jitters(
-    count: int, grid: PatchGrid, generator: torch.Generator, flip: bool = True, share: float = 1 / 8
+    count: int,
+    grid: PatchGrid,
+    generator: torch.Generator,
+    flip: bool = True,
+    share: float = 1 / 8,
+    diagonal: bool = False,
 ) -> list[Jitter]:
-    """`count` draws: rolls uniform in up to `share` of height and width, flips (if `flip`) with probability 1/2."""
+    """`count` draws: rolls uniform in up to `share` of height and width, flips (if `flip`) with probability 1/2.
+
+    `diagonal`: both axes are rolled by one draw, of up to `share` of the shorter.
+    """
     height, width = (int(size * share) for size in grid.image_size)
     rows = torch.randint(-height, height + 1, (count,), generator=generator).tolist()
     cols = torch.randint(-width, width + 1, (count,), generator=generator).tolist()
+    if diagonal:
+        rows = cols = rows if height <= width else cols
     flips = torch.randint(0, 2, (count,), generator=generator).tolist()
     return [Jitter(dy, dx, flip and bool(flipped)) for dy, dx, flipped in zip(rows, cols, flips, strict=True)]
 
@@ -163,6 +173,14 @@ class PatchCanvas:
 
     def overwrite(self, patches: PatchCanvas) -> None:
         """Take what was done to the pixels of `patches()` from outside: it was done to these."""
+
+    def coarser(self, factor: int) -> PatchCanvas:
+        """The same patches at fewer pixels: means of squares of so many by so many; gradients flow to the pixels."""
+        if factor == 1:
+            return self
+        grid, (batch, count) = self.grid.coarser(factor), self.positions.shape
+        squares = self.pixels.view(batch, count, grid.channels, grid.height, factor, grid.width, factor)
+        return PatchCanvas(grid, squares.mean(dim=(4, 6)), self.positions, self.plain, self.neighbours)
 
     def windows(self, jitter: Jitter, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the kept patches read after the roll, before the flip: (B, n, C, height, width) in `dtype`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from argparse import BooleanOptionalAction
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 from inversion.canvases import CANVASES
 from inversion.importance import IMPORTANCES, usual
 from inversion.inits import INITS
+from inversion.phases import EXAMPLE, WHOLE, Phase, spans
 from inversion.priors import PRIORS, Term, options, terms
 from inversion.projections import parse_projection
-from inversion.schedule import GROWTHS, check_schedule
+from inversion.schedule import check_schedule
 from inversion.strategies import STRATEGIES, Strategy
 from inversion.targets import check_targets
 from inversion.views import VIEWS, canonical_views
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
 DEFAULT_VIEWS = ("roll", "flip")
-LR_SCHEDULES = ("constant", "cosine", "phases")
+LR_SCHEDULES = ("constant", "cosine")
 TIMES = {"type": int, "nargs": "+", "metavar": "T"}
 DIVISION = Number(int, 2, 2**31 - 1, "32 bits")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+STOPPED = ("black", "kept")
 
 
 def _of_canvases(name: str) -> str:
@@ -50,10 +51,20 @@ class InversionConfig:
     betas: tuple[float, float] = setting((0.5, 0.99), "Adam's averaging", type=float, nargs=2, metavar="B")
     lr_schedule: str | None = setting(
         None,
-        f"cosine falls to 0 at the end, phases in each phase of grow; default {_of_canvases('lr_schedule')}",
+        f"cosine falls to --lr_end at the end of each phase; default {_of_canvases('lr_schedule')}",
         choices=LR_SCHEDULES,
     )
-    warmup: int = setting(0, "iterations in which the learning rate rises from 0", type=natural, metavar="N")
+    lr_end: float = setting(0.0, "learning rate at the end of a cosine", type=weight)
+    warmup: int = setting(
+        0, "first iterations of each phase, in which the learning rate rises from 0", type=natural, metavar="N"
+    )
+    phases: tuple[str, ...] = setting(
+        (),
+        f"parts of the iterations with settings of their own, such as {EXAMPLE}; default one",
+        nargs="+",
+        metavar="P",
+    )
+    weight_decay: float = setting(0.0, "AdamW's, of the pixels", type=weight)
     canvas: str = setting("pixels", "what is optimized: pixels, or coefficients scaled by 1/f", choices=CANVASES)
     init: str | None = setting(
         None, f"noise to start from; pink has images' spectrum; default {_of_canvases('init')}", choices=INITS
@@ -77,6 +88,9 @@ class InversionConfig:
         ("uniform",), "labels: uniform (default), balanced, class:K, or a list of classes", nargs="+", metavar="T"
     )
     soft_label: float = setting(0.0, "share of a label spread over all classes", type=float, metavar="ALPHA")
+    soft_logits: float = setting(
+        0.0, "instead: softmax of normal logits, the label's so much higher", type=weight, metavar="V"
+    )
     projections: tuple[str, ...] = setting(
         ("clamp",), "after a step: clamp (always), lowpass:cutoff=0.8,every=100", "--projection", nargs="+", metavar="P"
     )
@@ -87,6 +101,9 @@ class InversionConfig:
         metavar="V",
     )
     flip: bool = setting(True, "--no-flip leaves flip out of --views; default yes", action=BooleanOptionalAction)
+    stopped: str = setting(
+        "black", "what pictures show of a stopped patch: black, or kept as it was then", choices=STOPPED
+    )
     copies: int = setting(1, "looks at each image that a step takes the mean over", type=positive, metavar="N")
     snapshots: tuple[int, ...] = setting((), "iterations at which a batch is kept, for pictures; default none", **TIMES)
     student: str | None = None
@@ -112,12 +129,23 @@ class InversionConfig:
         views = canonical_views(self.views)
         object.__setattr__(self, "views", tuple(view for view in views if self.flip or view != "flip"))
         object.__setattr__(self, "flip", "flip" in self.views)
-        if self.warmup >= self.iterations:
-            raise UserError(f"--warmup {self.warmup} is not in [0, {self.iterations}), the iterations")
+        phases = [Phase.parse(text) for text in self.phases]
+        object.__setattr__(self, "phases", tuple(phase.text() for phase in phases))
+        for phase in phases:
+            phase.views(self.views)
+        shortest = min(stop - start for start, stop in self.spans())
+        if self.warmup >= shortest:
+            what = "the iterations of the shortest phase" if phases else "the iterations"
+            raise UserError(f"--warmup {self.warmup} is not in [0, {shortest}), {what}")
+        if self.lr_end > self.lr:
+            raise UserError(f"--lr_end {self.lr_end} is above --lr_g {self.lr}")
+        _require(self.stopped, STOPPED, "--stopped")
         self._check_weights()
         check_targets(self.targets)
         if not 0 <= self.soft_label < 1:
             raise UserError(f"--soft_label {self.soft_label} is not in [0, 1)")
+        if self.soft_label and self.soft_logits:
+            raise UserError("--soft_label and --soft_logits are two ways to make labels soft; give one")
         for text in self.projections:
             parse_projection(text)
         _require(self.importance, ("auto", *IMPORTANCES), "--importance")
@@ -148,8 +176,6 @@ class InversionConfig:
         if self.strategy is None:
             object.__setattr__(self, "strategy", "smi" if scheduled else "dense")
         _require(self.strategy, STRATEGIES, "--strategy")
-        if self.lr_schedule == "phases" and self.strategy != "grow":
-            raise UserError("--lr_schedule phases is for --strategy grow, which has them")
         if self.strategy in ("dense", "pri"):
             if scheduled:
                 raise UserError(f"--strategy {self.strategy} has no schedule; leave out --prune_it and --prune_ratio")
@@ -175,28 +201,36 @@ class InversionConfig:
 
     def lr_at(self, iteration: int) -> float:
         """The learning rate of a 0-based iteration."""
-        if iteration < self.warmup:
-            return self.lr * (iteration + 1) / self.warmup
+        start, stop = next(span for span in self.spans() if iteration < span[1])
+        if iteration - start < self.warmup:
+            return self.lr * (iteration - start + 1) / self.warmup
         if self.lr_schedule == "constant":
             return self.lr
-        done = (iteration - self.warmup) / (self.iterations - self.warmup)
-        if self.lr_schedule == "phases":
-            starts = [phase * self.iterations // GROWTHS for phase in range(GROWTHS + 1)]
-            phase = bisect_right(starts, iteration) - 1
-            done = (iteration - starts[phase]) / (starts[phase + 1] - starts[phase])
-        return self.lr * (1 + math.cos(math.pi * done)) / 2
+        done = (iteration - start - self.warmup) / (stop - start - self.warmup)
+        return self.lr_end + (self.lr - self.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+    def phase_list(self) -> tuple[Phase, ...]:
+        """The phases, at least one."""
+        return tuple(Phase.parse(text) for text in self.phases) or WHOLE
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The iterations `start` .. `stop - 1` of each of them."""
+        return spans(self.phase_list(), self.iterations)
 
     def settings(self) -> dict:
         """The configuration as JSON holds it; two that mean the same are equal."""
         weights = {name: float(weight) for name, weight in sorted(self.weights.items()) if weight}
         schedule = {"prune_it": list(self.prune_it), "prune_ratio": [float(ratio) for ratio in self.prune_ratio]}
-        lists = {name: list(getattr(self, name)) for name in ("betas", "targets", "projections", "snapshots")}
+        names = "betas", "targets", "projections", "snapshots", "phases"
+        lists = {name: list(getattr(self, name)) for name in names}
         options = dict(sorted(self.options.items()))
         same = {**asdict(self), **lists, **schedule, "lr": float(self.lr), "weights": weights, "options": options}
         if self.strategy != "pri":
             del same["pri_division"]
         # As in pools from before there was a choice.
-        usual = {"canvas": "pixels", "copies": 1} | ({"init": "white"} if self.canvas == "pixels" else {})
+        usual = {"canvas": "pixels", "copies": 1, "phases": [], "stopped": "black"}
+        usual |= {"lr_end": 0.0, "weight_decay": 0.0, "soft_logits": 0.0}
+        usual |= {"init": "white"} if self.canvas == "pixels" else {}
         for name in [name for name, value in usual.items() if same[name] == value]:
             del same[name]
         same["views"] = list(self.views)
@@ -230,7 +264,8 @@ class InversionConfig:
     @property
     def shows_stopped(self) -> bool:
         """Whether pictures show stopped patches as they were when they stopped; if not, black."""
-        return CANVASES[self.canvas].shows_stopped and not self.strategy_object().detaches
+        shown = CANVASES[self.canvas].shows_stopped or self.stopped == "kept"
+        return shown and not self.strategy_object().detaches
 
     def strategy_object(self) -> Strategy:
         """The strategy that the configuration asks for."""

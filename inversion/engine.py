@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -20,13 +20,14 @@ from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import DEFAULT_VIEWS, InversionConfig
 from inversion.importance import IMPORTANCES, require_ranking
 from inversion.inits import INITS
+from inversion.phases import Phase
 from inversion.priors import Context, LossInputs
 from inversion.projections import Projection, parse_projection
 from inversion.schedule import Stage, ranked
 from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
-from inversion.targets import distributions, draw_labels
-from inversion.views import Draw, Seen, Views, numbers_of
+from inversion.targets import distributions, draw_labels, random_distributions
+from inversion.views import Draw, Views, numbers_of
 from models import DISAGREE, LoadedModel, SparseImages, SparseViT, frozen_copy
 from utils.device import require_memory, within_memory
 from utils.errors import UserError, UserNote
@@ -80,6 +81,16 @@ class StageStart:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Span:
+    """A phase, its iterations `start` .. `stop - 1`, and how images are looked at in it."""
+
+    phase: Phase
+    start: int
+    stop: int
+    views: Views
+
+
 class Inverter:
     """Inverts batches of images out of one model.
 
@@ -126,11 +137,15 @@ class Inverter:
         """The model and the terms of the loss, which may run models as well: fast, or by plain code."""
         self.plain, config = plain, self.config
         self.vit = self._frozen(self.model)
-        self.views = Views(config.views, self.vit.grid, self.device, plain)
-        how = self.device, self.dtype, config.options, self.student, self._frozen
+        how = self.device, self.dtype, config.options, self.student, self._frozen, config.views
         context = Context(self.model, self.vit, *how)
         self.losses = [(weight, term.make(context)) for weight, term in config.active_terms()]
-        self.reads_attended = any(loss.reads_attended for _, loss in self.losses)
+        self.reads_inside = any(loss.reads_inside for _, loss in self.losses)
+        extra = sum(loss.numbers for _, loss in self.losses)
+        self.spans = [
+            Span(phase, *span, Views(phase.views(config.views), self.vit.grid, self.device, plain, extra, phase.coarse))
+            for phase, span in zip(config.phase_list(), config.spans(), strict=True)
+        ]
 
     def _frozen(self, model: LoadedModel) -> SparseViT:
         """A copy on the device, in the configured dtype, made fast for gradients to pixels alone."""
@@ -181,13 +196,17 @@ class Inverter:
         config, generator = self.config, batch_generator(self.config.seed, batch_index)
         labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
         canvas = self._noise(self.trajectories, generator)
-        drawn = self.views.draws(config.iterations * config.copies, self.trajectories, generator)
+        drawn = [
+            draw
+            for span in self.spans
+            for draw in span.views.draws((span.stop - span.start) * config.copies, self.trajectories, generator)
+        ]
         draws = self.on_device(drawn)
         if not self.plain and verdict(self.model, self.device, self.dtype, config.views) is None:
             canvas = self._checked(canvas, self._looks(draws[0], self.trajectories)[0], drawn[0])
-        self.begin(batch_index, generator)
+        self.begin(batch_index, generator, self.trajectories)
         losses, finished, snapshots, stopped = LossLog(config.iterations, self.device), [], [], []
-        targets = distributions(labels, self.vit.num_classes, config.soft_label).to(self.device)
+        targets = self.targets(labels, generator)
         optimizer = self.adam(canvas)
         for number, stage in enumerate(self.stages):
             more = stage.begins if number else ()
@@ -204,15 +223,18 @@ class Inverter:
             if on_stage is not None:
                 with self._changed_outside(canvas) as patches:
                     on_stage(StageStart(batch_index, number, stage, patches, labels))
-            step = self.stepper(canvas, optimizer, targets)
-            for iteration in self._watched(stage, losses, on_progress):
-                if iteration in config.snapshots:
-                    snapshots.append(self._snapshot(iteration, canvas))
-                set_lr(optimizer, config.lr_at(iteration))
-                losses.record(iteration, step(draws[iteration]))
-                for projection in self.projections:
-                    if (iteration + 1) % projection.every == 0:
-                        self._project(projection, canvas)
+            for span, part in self._parts(stage):
+                if span.phase.fresh and part.start == span.start > 0:
+                    optimizer = self.adam(canvas)
+                step = self.stepper(canvas, optimizer, targets, span)
+                for iteration in self._watched(part, losses, on_progress):
+                    if iteration in config.snapshots:
+                        snapshots.append(self._snapshot(iteration, canvas))
+                    set_lr(optimizer, config.lr_at(iteration))
+                    losses.record(iteration, step(draws[iteration]))
+                    for projection in self.projections:
+                        if (iteration + 1) % projection.every == 0:
+                            self._project(projection, canvas)
         if self.strategy.detaches and finished:
             count = finished[0][1].shape[1]
             _, last = self._split(canvas, targets, canvas.positions.shape[1] - count, generator)
@@ -227,6 +249,18 @@ class Inverter:
             stopped = SparseImages(*(torch.cat(parts, dim=1).cpu() for parts in zip(*stopped, strict=True)), labels)
         images = SparseImages(pixels, positions, of_each, stopped or None)
         return InvertedBatch(images.batches(config.batch_size)[0], losses.values(), tuple(snapshots))
+
+    def _parts(self, stage: Stage) -> list[tuple[Span, Stage]]:
+        """A stage, cut where phases begin."""
+        cut = [(span, max(stage.start, span.start), min(stage.stop, span.stop)) for span in self.spans]
+        return [(span, replace(stage, start=start, stop=stop)) for span, start, stop in cut if start < stop]
+
+    def targets(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """What the cross-entropy compares with for labels (B,), as `distributions` or `random_distributions` say."""
+        classes, config = self.vit.num_classes, self.config
+        if config.soft_logits:
+            return random_distributions(labels, classes, config.soft_logits, generator).to(self.device)
+        return distributions(labels, classes, config.soft_label).to(self.device)
 
     def _noise(self, trajectories: int, generator: torch.Generator) -> Canvas:
         """A canvas of noise; drawn on the CPU so that a seed means the same on every device."""
@@ -250,16 +284,16 @@ class Inverter:
         """The first iteration of a batch of another size, for what it takes."""
         generator = batch_generator(self.config.seed, batch_index)
         canvas = self._noise(trajectories, generator)
-        self.begin(batch_index, generator)
+        self.begin(batch_index, generator, trajectories)
         targets = distributions(torch.zeros(trajectories, dtype=torch.long), self.vit.num_classes, 0.0)
-        draws = self.views.draws(self.config.copies, trajectories, generator)
+        draws = self.spans[0].views.draws(self.config.copies, trajectories, generator)
         self._step(canvas, self.adam(canvas), targets.to(self.device), self.on_device(draws)[0])
 
-    def begin(self, batch_index: int, generator: torch.Generator) -> None:
-        """Tell every term that a batch begins; what they draw comes after labels, noise and jitter."""
+    def begin(self, batch_index: int, generator: torch.Generator, images: int) -> None:
+        """Tell every term that a batch of so many images begins; what they draw comes after noise and jitter."""
         earlier = None if self.earlier is None else self.earlier(batch_index)
         for _, loss in self.losses:
-            loss.begin(earlier, generator)
+            loss.begin(earlier, generator, images)
 
     def step_flops(self) -> list[int]:
         """Floating-point operations of one iteration of one batch, for each stage."""
@@ -281,22 +315,37 @@ class Inverter:
         packed = torch.stack([draw.packed() for draw in draws])
         return packed.unflatten(0, (-1, copies)).to(self.device)
 
-    def stepper(self, canvas: Canvas, optimizer: torch.optim.Adam, targets: Tensor) -> Callable[..., Tensor]:
-        """One iteration at a stage: takes draws of `on_device`, returns the loss, not yet waited for."""
-        step = partial(self._step, canvas, optimizer, targets)
+    def stepper(
+        self, canvas: Canvas, optimizer: torch.optim.Adam, targets: Tensor, span: Span | None = None
+    ) -> Callable[..., Tensor]:
+        """One iteration at a stage: takes draws of `on_device`, returns the loss, not yet waited for.
+
+        Args:
+            canvas: whose parameter the optimizer changes.
+            optimizer: as `adam` gives it.
+            targets: as `targets` gives them.
+            span: the phase; None: the first.
+        """
+        step = partial(self._step, canvas, optimizer, targets, span=span)
         if self.recorder is None:
             return step
         return CapturedStep(step, lambda: changing(canvas, optimizer), self.dtype, self.recorder)
 
     def _step(
-        self, canvas: Canvas, optimizer: torch.optim.Adam, targets: Tensor, draws: Tensor | tuple[Draw, ...]
+        self,
+        canvas: Canvas,
+        optimizer: torch.optim.Adam,
+        targets: Tensor,
+        draws: Tensor | tuple[Draw, ...],
+        span: Span | None = None,
     ) -> Tensor:
         """One iteration. Returns the loss, still on the device: nothing here waits for it."""
-        patches, looks = canvas.patches(), self._looks(draws, len(canvas.positions))
+        span = self.spans[0] if span is None else span
+        patches, looks = canvas.patches().coarser(span.phase.coarse), self._looks(draws, len(canvas.positions))
         optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for number, draw in enumerate(looks, 1):  # one after another, so that a look takes no memory from the next
-            loss = self._loss(patches, targets, draw) / len(looks)
+            loss = self._loss(patches, targets, span.views, draw) / len(looks)
             loss.backward(retain_graph=number < len(looks))
             total = total + loss.detach()
         optimizer.step()
@@ -309,16 +358,16 @@ class Inverter:
         """The draws of a step at a batch of so many images."""
         return [Draw.unpacked(row, batch) for row in draws] if isinstance(draws, Tensor) else draws
 
-    def _loss(self, canvas: PatchCanvas, targets: Tensor, draw: Draw) -> Tensor:
+    def _loss(self, canvas: PatchCanvas, targets: Tensor, views: Views, draw: Draw) -> Tensor:
         """The loss of one look at the batch."""
-        seen = self.views.look(canvas, draw, self.dtype)
-        output = self.vit(*seen, return_attended=self.reads_attended)
-
-        def opposite() -> Seen:
-            return self.views.look(canvas, self.views.opposite(draw), self.dtype)
-
-        inputs = LossInputs(output, targets, canvas, seen, opposite)
-        return sum(weight * term(inputs) for weight, term in self.losses)
+        seen = views.look(canvas, draw, self.dtype)
+        output = self.vit(*seen, return_inside=self.reads_inside)
+        inputs, total, first = LossInputs(output, targets, canvas, seen, self.vit.grid), 0.0, views.numbers
+        for weight, term in self.losses:
+            last = first + term.numbers
+            numbers, first = draw.numbers[:, first:last], last
+            total = total + weight * term(replace(inputs, numbers=numbers) if term.numbers else inputs)
+        return total
 
     @contextlib.contextmanager
     def _changed_outside(self, canvas: Canvas) -> Iterator[PatchCanvas]:
@@ -365,9 +414,11 @@ class Inverter:
 
     def adam(self, canvas: Canvas) -> torch.optim.Adam:
         """A fresh optimizer of the canvas."""
-        on_gpu = self.device.type == "cuda"
-        kind = {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
-        optimizer = torch.optim.Adam([canvas.parameter], lr=self.config.lr, betas=self.config.betas, **kind)
+        on_gpu, decay = self.device.type == "cuda", self.config.weight_decay
+        how = {"lr": self.config.lr, "betas": self.config.betas}
+        how |= {"fused": on_gpu or self.device.type == "cpu", "capturable": on_gpu}
+        kind = partial(torch.optim.AdamW, weight_decay=decay) if decay else torch.optim.Adam
+        optimizer = kind([canvas.parameter], **how)
         if on_gpu:
             # What a CUDA graph shall read anew at every replay must be a tensor. Adam itself would wait for its value.
             optimizer.param_groups[0]["lr"] = torch.full((), self.config.lr, device=self.device)
@@ -418,8 +469,9 @@ def trajectory_bytes(vit: SparseViT, config: InversionConfig, device: torch.devi
     """About what one canvas of whole images needs: what its backward pass reads, and its pixels with their moments."""
     tokens, number = vit.grid.count + vit.prefix_tokens, getattr(torch, config.dtype).itemsize
     saved = [block.saved(tokens, pairs=device.type == "cpu") for block in vit.blocks]  # elsewhere attention is fused
-    passes = 1 + sum(name in ("adv", "cr", "bn") for name, value in config.weights.items() if value)
-    between = 4 * vit.grid.count**2 * len(vit.blocks) if config.weights.get("pse") else 0
+    passes = 1 + sum(name in ("adv", "cr", "bn", "parts") for name, value in config.weights.items() if value)
+    pairs = sum(block.score_heads for block in vit.blocks) * vit.grid.count**2
+    between = pairs * sum(name in ("ihs", "ap") for name, value in config.weights.items() if value)
     # One block's gradients are held beside what was saved, and pixels in some fifteen forms, more for coefficients and
     # where views change them.
     forms = 25 if config.canvas != "pixels" or {*config.views} - {*DEFAULT_VIEWS} else 15

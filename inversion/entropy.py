@@ -1,51 +1,97 @@
-"""Differential entropy of values, with its gradient written out."""
+"""Differential entropy of the similarities of vectors, with its gradient written out."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-GRID_POINTS = 41
-"""Where the density is evaluated, over the whole range of a cosine."""
+POINTS = 10
+"""Where the density is evaluated, from the smallest to the largest cosine of the batch (PSAQ-ViT's code)."""
+FLOOR = 1e-4
+"""What is added to the density (the same)."""
+AT_ONCE = 2**17
+"""Kernel values that are computed together: so many fit a core's cache."""
 
 
-def entropy(values: Tensor, bandwidth: float, shares: Tensor | None = None) -> Tensor:
-    """Differential entropy (B,) in nats of values (B, M) in [-1, 1].
+def similarity_entropy(x: Tensor, bandwidth: float, there: Tensor | None = None, plain: bool = False) -> Tensor:
+    """Differential entropy in nats of the cosines of all pairs of vectors, mean over the batch.
 
-    The density is estimated with a Gaussian kernel, f(x) = 1 / h sum_m s_m K((x - v_m) / h), and -f log f integrated
-    over [-1, 1] by the trapezoid rule. `shares` (B, M): s_m, 1 / M if None.
+    Of an image: the full n x n matrix of cosines, its diagonal included; density f(p) = 1 / (n^2 h) sum K((p - c) / h)
+    + 1e-4 with a Gaussian kernel K at `POINTS` points equally spaced between the smallest and the largest cosine of the
+    batch, which are constants; -f log f by the trapezoid rule.
+
+    Args:
+        x: vectors (B, n, D).
+        bandwidth: h.
+        there: (B, n), which of them count; images without any are left out. None: all.
+        plain: leave the gradient to autograd.
     """
-    return _Entropy.apply(values, bandwidth, 1 / max(values.shape[1], 1) if shares is None else shares)
+    unit = F.normalize(x, dim=-1)
+    if there is None:
+        there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        whole = True
+    else:
+        whole = False
+    counts = there.sum(dim=1).to(x.dtype)
+    if plain:
+        cosines = unit @ unit.transpose(1, 2)
+        points = _points(cosines, None if whole else there)
+        shares = (there[:, :, None] & there[:, None]).to(x.dtype) / counts.square().clamp(min=1)[:, None, None]
+        kernels = (-0.5 * ((cosines - points.view(-1, 1, 1, 1)) / bandwidth).square()).exp()
+        density = (kernels * shares).flatten(2).sum(dim=2) / (bandwidth * math.sqrt(2 * math.pi)) + FLOOR
+        each = torch.trapezoid(-density * density.log(), points, dim=0)
+    else:
+        each = _Entropy.apply(unit, bandwidth, counts, None if whole else there)
+    return (each * (counts > 0)).sum() / (counts > 0).sum().clamp(min=1)
+
+
+def _points(cosines: Tensor, there: Tensor | None) -> Tensor:
+    """The points (`POINTS`,) of a batch of cosines (B, n, n), those of vectors that count."""
+    cosines = cosines.detach()
+    if there is None:
+        low, high = cosines.aminmax()
+    else:
+        pairs = there[:, :, None] & there[:, None]
+        low, high = cosines.masked_fill(~pairs, 2).amin(), cosines.masked_fill(~pairs, -2).amax()
+    return low + (high - low) * torch.linspace(0, 1, POINTS, dtype=cosines.dtype, device=cosines.device)
 
 
 class _Entropy(torch.autograd.Function):
-    """Point by point, so that nothing of M values times points is ever kept; the gradient is made at once."""
+    """Entropy (B,) of unit vectors (B, n, D). The gradient is made at once, so that no n x n matrix is kept."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, bandwidth: float, shares: Tensor | float) -> Tensor:
-        points = torch.linspace(-1, 1, GRID_POINTS, dtype=values.dtype).tolist()
+    def forward(ctx, unit: Tensor, bandwidth: float, counts: Tensor, there: Tensor | None) -> Tensor:
+        cosines = unit @ unit.transpose(1, 2)
+        points = _points(cosines, there)
+        step = (points[-1] - points[0]) / (POINTS - 1)
+        weights = step * torch.ones_like(points)
+        weights[0], weights[-1] = step / 2, step / 2
         height = 1 / (bandwidth * math.sqrt(2 * math.pi))
-
-        def kernel(point: float) -> Tensor:
+        entropies, gradient = unit.new_empty(len(unit)), torch.empty_like(unit)
+        each = max(1, AT_ONCE // (POINTS * unit.shape[1] ** 2))
+        shares = height / counts.square().clamp(min=1)
+        for first in range(0, len(unit), each):
+            some = slice(first, first + each)
+            values = cosines[some].flatten(1)
+            kernels = values[:, None] - points[:, None]
             # Bounded, for denormal numbers take ten times as long; what lies below adds nothing.
-            return ((values - point) / bandwidth).square_().mul_(-0.5).clamp_(min=-80).exp_()
-
-        density = torch.stack([kernel(point).mul_(shares).sum(dim=1) for point in points]) * height
-        density = density.clamp_min(torch.finfo(values.dtype).tiny)
-        step = 2 / (GRID_POINTS - 1)
-        weight = torch.full((GRID_POINTS, 1), step, dtype=values.dtype, device=values.device)
-        weight[0], weight[-1] = step / 2, step / 2
-        log = density.log()
-        # d(-f log f) / df = -(log f + 1), and df(x) / dv = height * share * K * (x - v) / h^2.
-        slopes = -weight * (log + 1) * height / bandwidth**2
-        grad = torch.zeros_like(values)
-        for point, slope in zip(points, slopes, strict=True):
-            grad += kernel(point).mul_(point - values).mul_(slope[:, None])
-        ctx.save_for_backward(grad.mul_(shares))
-        return -(weight * density * log).sum(dim=0)
+            kernels.square_().mul_(-0.5 / bandwidth**2).clamp_(min=-80).exp_()
+            if there is not None:
+                kernels *= (there[some, :, None] & there[some, None]).flatten(1)[:, None]
+            density = kernels.sum(dim=2).mul_(shares[some, None]).add_(FLOOR)
+            log = density.log()
+            entropies[some] = -(weights * density * log).sum(dim=1)
+            # d(-f log f) / df = -(log f + 1), and df(p) / dc = share * K * (p - c) / h^2.
+            slopes = -weights * (log + 1) * shares[some, None] / bandwidth**2
+            sums = torch.bmm(torch.stack([slopes * points, slopes], dim=1), kernels)
+            to_cosines = (sums[:, 0] - values * sums[:, 1]).unflatten(1, (unit.shape[1], -1))
+            gradient[some] = 2 * to_cosines @ unit[some]  # the matrix is symmetric
+        ctx.save_for_backward(gradient)
+        return entropies
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * grad_output[:, None], None, None
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * grad_output[:, None, None], None, None, None

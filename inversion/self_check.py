@@ -57,13 +57,20 @@ def fast_paths_agree(
 
 
 def _outcome(vit: SparseViT, canvas: PatchCanvas, views: Views, draw: Draw) -> list[Tensor]:
-    """What attention puts out, logits, both total variations, and gradients to the pixels of these."""
-    found = []
+    """Logits, what attention computes, both total variations, and gradients to the pixels of these."""
+    found, parts = [], []
     for wanted in (False, True):
-        output = vit(*views.look(canvas, draw, vit.patch_proj.weight.dtype), return_attended=wanted)
-        found += [output.logits, *output.attended]
-    parts = output.logits[:, 0].sum(), *(total_variation(canvas, order) for order in (1, 2))
-    return [x.detach().float() for x in (*found, *parts[1:], *(_gradient(part, canvas) for part in parts))]
+        output = vit(*views.look(canvas, draw, vit.patch_proj.weight.dtype), return_inside=wanted)
+        on_the_way = [
+            x
+            for inside in output.inside
+            for x in (inside.attended, inside.queries / inside.queries.norm(), inside.keys)  # queries but for a scale
+        ]
+        found += [output.logits, *on_the_way]
+        parts.append(output.logits[:, 0].sum() + sum(x.float().square().mean() for x in on_the_way))
+    variations = [total_variation(canvas, order) for order in (1, 2)]
+    gradients = [_gradient(part, canvas) for part in (*parts, *variations)]
+    return [x.detach().float() for x in (*found, *variations, *gradients)]
 
 
 def _gradient(value: Tensor, canvas: PatchCanvas) -> Tensor:

@@ -49,6 +49,12 @@ def draw_labels(targets: tuple[str, ...], count: int, classes: int, generator: t
     return labels.sort().values
 
 
+def random_distributions(labels: Tensor, classes: int, height: float, generator: torch.Generator) -> Tensor:
+    """Labels (B,) -> distributions (B, classes): the softmax of normal logits, that of a label `height` higher."""
+    logits = torch.randn(len(labels), classes, generator=generator)
+    return (logits + height * F.one_hot(labels, classes)).softmax(dim=1)
+
+
 def distributions(labels: Tensor, classes: int, softness: float) -> Tensor:
     """Labels (B,) -> target distributions (B, classes): a share `softness` of each is spread over all classes."""
     return F.one_hot(labels, classes).float() * (1 - softness) + softness / classes

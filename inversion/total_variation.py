@@ -11,17 +11,18 @@ from inversion.canvas import Neighbours, PatchCanvas
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-def total_variation(canvas: PatchCanvas, order: int) -> Tensor:
+def total_variation(canvas: PatchCanvas, order: int, diagonal: float = 1.0) -> Tensor:
     """Sum over four directions of the norm (order 2) or the mean absolute value (order 1) of neighbour differences.
 
-    The norm goes over the whole batch. Only pairs of pixels that both lie in kept patches count.
+    The norm goes over the whole batch. Only pairs of pixels that both lie in kept patches count. `diagonal`: what the
+    two diagonal directions are multiplied with.
     """
     if canvas.plain:
-        return _by_autograd(canvas.pixels.flatten(0, 1), canvas.neighbours, order)
-    return _TotalVariation.apply(canvas.pixels, canvas.neighbours, order)
+        return _by_autograd(canvas.pixels.flatten(0, 1), canvas.neighbours, order, diagonal)
+    return _TotalVariation.apply(canvas.pixels, canvas.neighbours, order, diagonal)
 
 
-def _by_autograd(flat: Tensor, links: Neighbours, order: int) -> Tensor:
+def _by_autograd(flat: Tensor, links: Neighbours, order: int, diagonal: float) -> Tensor:
     """The total variation of patches (M, C, h, w), every difference as it is defined."""
     total = flat.new_zeros(())
     for direction in DIRECTIONS:
@@ -31,7 +32,8 @@ def _by_autograd(flat: Tensor, links: Neighbours, order: int) -> Tensor:
             parts.append((difference * links.adjacent[offset]).flatten())
             pairs = pairs + links.adjacent[offset].sum() * difference[0].numel()
         differences = torch.cat(parts)
-        total = total + (differences.norm() if order == 2 else differences.abs().sum() / pairs.clamp(min=1))
+        value = differences.norm() if order == 2 else differences.abs().sum() / pairs.clamp(min=1)
+        total = total + value * (diagonal if all(direction) else 1.0)
     return total
 
 
@@ -73,7 +75,7 @@ class _TotalVariation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pixels: Tensor, links: Neighbours, order: int) -> Tensor:
+    def forward(ctx, pixels: Tensor, links: Neighbours, order: int, diagonal: float) -> Tensor:
         flat = pixels.detach().flatten(0, 1)
         height, width = flat.shape[-2:]
         rows = flat.view(-1, height * width)
@@ -89,7 +91,7 @@ class _TotalVariation(torch.autograd.Function):
                 part = (beyond - flat[first]).mul_(links.adjacent[offset])
                 pairs = pairs + links.adjacent[offset].sum() * part[0].numel()
                 parts.append(part)
-            value, (slope, *slopes) = _norm(parts, pairs, order)
+            value, (slope, *slopes) = _norm(parts, pairs, order, diagonal if all(direction) else 1.0)
             total = total + value
             to_rows[:, : rows.shape[1] - distance].sub_(slope)
             to_rows[:, distance:].add_(slope)
@@ -102,19 +104,21 @@ class _TotalVariation(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * grad_output, None, None
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * grad_output, None, None, None
 
 
-def _norm(differences: list[Tensor], pairs: Tensor, order: int) -> tuple[Tensor, list[Tensor]]:
+def _norm(differences: list[Tensor], pairs: Tensor, order: int, factor: float) -> tuple[Tensor, list[Tensor]]:
     """The norm (order 2) or mean absolute value (order 1) of one direction's differences, and its gradient to each.
+
+    Both are multiplied with a factor.
 
     The differences are overwritten.
     """
     if order == 2:
         norm = torch.stack([torch.linalg.vector_norm(d) for d in differences]).norm()
-        scale = torch.where(norm > 0, 1 / norm, 0)
-        return norm, [d.mul_(scale) for d in differences]
-    scale = 1 / pairs.clamp(min=1)
+        scale = torch.where(norm > 0, factor / norm, 0)
+        return factor * norm, [d.mul_(scale) for d in differences]
+    scale = factor / pairs.clamp(min=1)
     value = sum(d.abs().sum() for d in differences) * scale
     return value, [d.sign_().mul_(scale) for d in differences]

@@ -38,17 +38,13 @@ class Seen(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The chance of one look at a batch: a `jitter` for all of it, `numbers` (B, k) in [0, 1) of the other views."""
+    """The chance of one look at a batch: a `jitter` for all of it, and `numbers` (B, k) in [0, 1).
+
+    They are those of the other views, and after them what terms of the loss have asked for.
+    """
 
     jitter: Jitter
     numbers: Tensor
-
-    def opposite(self, flip: bool) -> Draw:
-        """Rolled the other way, mirrored if this one is not (where there are flips), every number u as 1 - u."""
-        jitter, mirrored = self.jitter, self.jitter.flip
-        if flip:
-            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
-        return Draw(jitter._replace(dy=-jitter.dy, dx=-jitter.dx, flip=mirrored), 1 - self.numbers)
 
     def packed(self) -> Tensor:
         """As one tensor (3 + B * k,), for what a recording reads."""
@@ -89,12 +85,18 @@ class View:
 
 @dataclass
 class Roll(View):
-    """The image is rolled by up to `share` of its height and width, one draw for the batch; it wraps around."""
+    """The image is rolled by up to `share` of its height and width, one draw for the batch; it wraps around.
+
+    `diagonal`: 1 for one draw of both axes, as PSAQ-ViT's code has it.
+    """
 
     share: float = 1 / 8
+    diagonal: float = 0
 
     def __post_init__(self) -> None:
         _within(self.share, 0, 1, "roll: share")
+        if self.diagonal not in (0, 1):
+            raise UserError(f"--views roll: diagonal {self.diagonal:g} is neither 0 nor 1")
 
 
 @dataclass
@@ -120,32 +122,7 @@ class Crop(View):
 
     def __call__(self, patches, positions, u, grid, plain):
         side = (self.area + (1 - self.area) * u[:, 0]).sqrt()
-        chosen = everywhere = grid.all_positions(len(positions), positions.device)
-        if positions.shape[1] < grid.count:
-            side, chosen = self._roomy(side, positions, u, grid)
-        exact = torch.promote_types(patches.dtype, torch.float32)
-        sizes = (grid.rows, grid.height), (grid.cols, grid.width)
-        lines = [_lines(side, place, *size, exact) for place, size in zip(u[:, 1:].unbind(1), sizes, strict=True)]
-        if plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact):
-            return _by_weights(patches, positions, *lines, chosen, grid, plain), chosen
-        return _by_points(patches, positions, *lines, chosen, grid), chosen
-
-    @staticmethod
-    def _roomy(side: Tensor, positions: Tensor, u: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
-        """The side of each crop that shows enough, (B,), and the positions (B, n) of which it covers most."""
-        from inversion.strategies import highest
-
-        batch, count = positions.shape
-        steps = torch.linspace(0, 1, LEVELS, device=side.device)[:, None]
-        sides = torch.lerp(side, torch.ones_like(side), steps)
-        kept = torch.zeros(batch, grid.count, device=side.device).scatter_(1, positions, 1.0)
-        rows, cols = (_overlaps(sides, u[:, 1 + axis], size) for axis, size in enumerate((grid.rows, grid.cols)))
-        covered = (rows @ kept.view(batch, grid.rows, grid.cols) @ cols.transpose(-2, -1)).flatten(2)
-        covered = covered / sides.square()[..., None]
-        enough = (covered > SEEN).sum(dim=2) >= count
-        first = (enough.cumsum(dim=0) == 0).sum(dim=0, keepdim=True)
-        best = covered.gather(0, first[..., None].expand(-1, -1, grid.count))[0]
-        return sides.gather(0, first)[0], highest(best, count)
+        return enlarged(patches, positions, side, u[:, 1:], grid, plain)
 
 
 @dataclass
@@ -246,6 +223,30 @@ def numbers_of(texts: Sequence[str], channels: int) -> int:
     return sum(view.numbers_for(channels) for view in parse_views(texts).values())
 
 
+def enlarged(
+    patches: Tensor, positions: Tensor, side: Tensor, place: Tensor, grid: PatchGrid, plain: bool
+) -> tuple[Tensor, Tensor]:
+    """A part of each image, enlarged to all of it as `Crop` says: its patches, and their positions (B, n).
+
+    Args:
+        patches: (B, n, C, height, width).
+        positions: (B, n), int64.
+        side: (B,), of the part, a share of the image's.
+        place: (B, 2), of the part in the room that it leaves down and right, in [0, 1].
+        grid: what positions count in.
+        plain: by stock kernels and autograd alone.
+    """
+    chosen = everywhere = grid.all_positions(len(positions), positions.device)
+    if positions.shape[1] < grid.count:
+        side, chosen = _roomy(side, positions, place, grid)
+    exact = torch.promote_types(patches.dtype, torch.float32)
+    sizes = (grid.rows, grid.height), (grid.cols, grid.width)
+    lines = [_lines(side, along, *size, exact) for along, size in zip(place.unbind(1), sizes, strict=True)]
+    if plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact):
+        return _by_weights(patches, positions, *lines, chosen, grid, plain), chosen
+    return _by_points(patches, positions, *lines, chosen, grid), chosen
+
+
 class Views:
     """The views of a configuration, ready to look.
 
@@ -254,11 +255,22 @@ class Views:
         grid: what positions count in.
         device: where the images are.
         plain: by stock kernels and autograd alone.
+        extra: numbers that a draw has for each image besides those of the views.
+        coarse: the canvases are so many times coarser than what the model is fed.
     """
 
-    def __init__(self, texts: Sequence[str], grid: PatchGrid, device: torch.device, plain: bool = False) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        grid: PatchGrid,
+        device: torch.device,
+        plain: bool = False,
+        extra: int = 0,
+        coarse: int = 1,
+    ) -> None:
+        grid = grid.coarser(coarse)
         views, self.numbers = parse_views(texts), numbers_of(texts, grid.channels)
-        self.grid, self.plain = grid, plain
+        self.grid, self.plain, self.extra, self.coarse = grid, plain, extra, coarse
         self.flip = views.pop("flip", None) is not None
         self.roll: Roll | None = views.pop("roll", None)
         self.others = list(views.values())
@@ -269,10 +281,10 @@ class Views:
         """The chance of `count` looks at a batch of `batch` images."""
         from inversion.canvas import draw_jitters
 
-        jitters = draw_jitters(count, self.grid, generator, self.flip, 0.0 if self.roll is None else self.roll.share)
-        numbers = (
-            torch.rand(count, batch, self.numbers, generator=generator) if self.numbers else torch.zeros(1, batch, 0)
-        )
+        share, diagonal = (0.0, False) if self.roll is None else (self.roll.share, bool(self.roll.diagonal))
+        jitters = draw_jitters(count, self.grid, generator, self.flip, share, diagonal)
+        each = self.numbers + self.extra
+        numbers = torch.rand(count, batch, each, generator=generator) if each else torch.zeros(1, batch, 0)
         return [Draw(*pair) for pair in zip(jitters, numbers.expand(count, -1, -1), strict=True)]
 
     def look(self, canvas: PatchCanvas, draw: Draw, dtype: torch.dtype) -> Seen:
@@ -286,16 +298,35 @@ class Views:
             u = draw.numbers[:, first : first + count]
             patches, positions = view(patches, positions, u, self.grid, self.plain)
             first += count
+        patches = squares(patches, self.coarse)
         return Seen(patches, mirrored_positions(positions, self.grid, jitter), jitter.flip)
 
-    def opposite(self, draw: Draw) -> Draw:
-        """The chance of a look that has as little in common with this one as there is."""
-        return draw.opposite(self.flip)
+
+def squares(patches: Tensor, side: int) -> Tensor:
+    """Patches (B, n, C, h, w), every pixel shown as a square of so many by so many."""
+    return patches.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2) if side > 1 else patches
 
 
 def _within(value: float, low: float, high: float, what: str) -> None:
     if not low <= value <= high:
         raise UserError(f"--views {what} {value:g} is not in [{low:g}, {high:g}]")
+
+
+def _roomy(side: Tensor, positions: Tensor, place: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+    """The side of each crop that shows enough, (B,), and the positions (B, n) of which it covers most."""
+    from inversion.strategies import highest
+
+    batch, count = positions.shape
+    steps = torch.linspace(0, 1, LEVELS, device=side.device)[:, None]
+    sides = torch.lerp(side, torch.ones_like(side), steps)
+    kept = torch.zeros(batch, grid.count, device=side.device).scatter_(1, positions, 1.0)
+    rows, cols = (_overlaps(sides, place[:, axis], size) for axis, size in enumerate((grid.rows, grid.cols)))
+    covered = (rows @ kept.view(batch, grid.rows, grid.cols) @ cols.transpose(-2, -1)).flatten(2)
+    covered = covered / sides.square()[..., None]
+    enough = (covered > SEEN).sum(dim=2) >= count
+    first = (enough.cumsum(dim=0) == 0).sum(dim=0, keepdim=True)
+    best = covered.gather(0, first[..., None].expand(-1, -1, grid.count))[0]
+    return sides.gather(0, first)[0], highest(best, count)
 
 
 def _overlaps(side: Tensor, place: Tensor, count: int) -> Tensor:

@@ -5,7 +5,7 @@ What a kind of block has besides is a subclass in the file of its family (`model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +20,33 @@ MLP_INPUTS = ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
 """Names of the layers that read what an MLP reads."""
 
 
-class BlockOutput(NamedTuple):
-    """What a block gives: tokens (B, Q, D), and on request the attention's output (B, T, D) before its projection.
+class Inside(NamedTuple):
+    """What a block's attention computes on its way, of T tokens of B images, prefix tokens first.
 
-    Of attention in windows `attended` is (windows, places, D), and `present` (windows, places) says which of the places
-    have a token of the image; None: all of them.
+    Of attention in windows these take the place of images, and places in them that of tokens; `present` (windows,
+    places) says which of the places have a token, None: all of them.
+
+    `attended` (B, T, D): what it puts out before its projection, `heads` side by side. `queries`, `keys` (B, heads, T,
+    head_dim) as they are compared, but for a scale. `weights`: gives what each of the first Q tokens (None: all) gives
+    each token, (B, heads, Q, T).
+    """
+
+    attended: Tensor
+    heads: int
+    queries: Tensor
+    keys: Tensor
+    weights: Callable[[int | None], Tensor]
+    present: Tensor | None = None
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives: tokens (B, Q, D), and on request what its attention computes on the way.
+
+    `inside` is None as well where patches put nothing out.
     """
 
     tokens: Tensor
-    attended: Tensor | None = None
-    present: Tensor | None = None
+    inside: Inside | None = None
 
 
 class SparseBlock(nn.Module):
@@ -128,25 +145,25 @@ class SparseBlock(nn.Module):
         return tuple(module for name, module in self.named_children() if name.startswith("tap_"))
 
     def forward(
-        self, x: Tensor, queries: int | None = None, return_attended: bool = False, where: Tensor | None = None
+        self, x: Tensor, queries: int | None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
         """One block.
 
         Args:
             x: tokens (B, T, D).
             queries: compute only the first Q tokens of the output; all of them if None.
-            return_attended: whether the attention's output is wanted as well.
+            return_inside: whether what the attention computes is wanted as well, of all tokens (`queries` is None).
             where: what `SparseViT.where` says of their positions.
         """
-        change, attended = self.attention_change(x, queries, where)
+        change, inside = self.attention_change(x, queries, where)
         x = self.tap_attn_sum(x[:, :queries] + change)
         x = self.tap_mlp_sum(x + self.mlp_change(x))
-        return BlockOutput(x, attended if return_attended else None)
+        return BlockOutput(x, inside if return_inside else None)
 
-    def attention_change(self, x: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and its output, not projected."""
-        out, attended = self._attended(self.norm1(x), queries, where)
-        return self.ls1(self.tap_proj(self.proj(out))), attended
+    def attention_change(self, x: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Inside | None]:
+        """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and what it computes if that is all."""
+        out, inside = self._attended(self.norm1(x), queries, where)
+        return self.ls1(self.tap_proj(self.proj(out))), inside
 
     def mlp_change(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) -> what the MLP adds to them."""
@@ -155,7 +172,7 @@ class SparseBlock(nn.Module):
     def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) -> what each of the first Q gives each token (B, Q, T), mean over heads."""
         q, k, _ = self._qkv(self.norm1(x), queries, where)
-        return self._probs(q, k, where).mean(dim=1)
+        return self._maps(q, k, where).mean(dim=1)
 
     def write_probs(self, graph: Any, scores: str) -> str:
         """Scores (B, heads, Q, T) -> what multiplies the values, as operators of an ONNX `quant.onnx_graph.Graph`."""
@@ -182,14 +199,24 @@ class SparseBlock(nn.Module):
         of_pairs = self.score_heads * tokens * (pairs + self.position.biases)
         return tokens * (5 * self.proj.out_features + self.hidden + of_pairs)
 
-    def _attended(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and the same without the gate."""
-        few = queries is not None and self._folds()
-        out = self._attention_of_few(y, queries) if few else self._attention(y, queries, where)
-        out = attended = self.attn_norm(out)
+    def _attended(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Inside | None]:
+        """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and on what way, if that is all."""
+        inside = None
+        if queries is not None and self._folds():
+            out = self.attn_norm(self._attention_of_few(y, queries))
+        else:
+            q, k, v = self._compared(y, queries, where)
+            out = self._attention(q, k, v, where)
+            out = self.attn_norm(out.view(len(y), -1, out.shape[-1]))
+            if queries is None:
+                inside = Inside(out, self.heads, q, k, lambda first: self._maps(q[:, :, :first], k, where))
         if self.gate is not None:
             out = out * self.gate(y[:, :queries]).sigmoid()
-        return out, attended
+        return out, inside
+
+    def _compared(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_qkv` gives, in the groups in which tokens look at each other: here those of an image."""
+        return self._qkv(y, queries, where)
 
     def _qkv(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> queries (B, heads, Q, head_dim), keys and values (B, heads, T, head_dim)."""
@@ -204,9 +231,12 @@ class SparseBlock(nn.Module):
         scores = scores if bias is None else scores + bias[:, :, : q.shape[2]]
         return self.tap_probs(self.tap_scores(scores).softmax(dim=-1))
 
-    def _attention(self, y: Tensor, queries: int | None, where: Tensor | None) -> Tensor:
-        """Normalized tokens (B, T, D) -> attention's output (B, Q, heads * head_dim)."""
-        q, k, v = self._qkv(y, queries, where)
+    def _maps(self, q: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
+        """Queries and keys -> what each head multiplies the values by (B, heads, Q, T)."""
+        return self._probs(q, k, where)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None) -> Tensor:
+        """Queries, keys and values -> attention's output (B, Q, heads * head_dim)."""
         if type(self.tap_scores) is type(self.tap_probs) is nn.Identity:
             bias = self.position.bias(where)
             bias = None if bias is None else bias[:, :, : q.shape[2]]

@@ -15,7 +15,7 @@ from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from models.attention import attend, attend_backward, pad_tokens
-from models.blocks import BlockOutput, SparseBlock, gelu, joined
+from models.blocks import BlockOutput, Inside, SparseBlock, gelu, joined
 from models.sparse_vit import SparseViT
 from utils.device import keep_freed_memory
 
@@ -233,18 +233,30 @@ class PackedBlock(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, queries: None = None, return_attended: bool = False, where: Tensor | None = None
+        self, x: Tensor, queries: None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
         """As `SparseBlock.forward` of all tokens."""
-        return BlockOutput(*_PackedBlock.apply(x, self, return_attended, where))
+        after, *inside = _PackedBlock.apply(x, self, return_inside, where)
+        if not return_inside:
+            return BlockOutput(after)
+        out, q, k = inside
+        return BlockOutput(after, Inside(out, self.heads, q, k, lambda first: self._maps(q[:, :, :first], k, where)))
+
+    @property
+    def score_heads(self) -> int:
+        """As `SparseBlock.score_heads`."""
+        return self.heads
 
     def attention_weights(self, x: Tensor, queries: None = None, where: Tensor | None = None) -> Tensor:
         """As `SparseBlock.attention_weights` of all tokens."""
         qkv = self.qkv(self.norm1(x)[0]).unflatten(-1, (3, self.heads, -1))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k, bias = self.position.turned(q, where), self.position.turned(k, where), self.position.bias(where)
-        scores = q @ k.transpose(-2, -1)
-        return (scores if bias is None else scores + bias).softmax(dim=-1).mean(dim=1)
+        return self._maps(self.position.turned(q, where), self.position.turned(k, where), where).mean(dim=1)
+
+    def _maps(self, q: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
+        """Queries, scaled, and keys -> attention weights (B, heads, Q, T)."""
+        scores, bias = q @ k.transpose(-2, -1), self.position.bias(where)
+        return (scores if bias is None else scores + bias[:, :, : q.shape[2]]).softmax(dim=-1)
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """As `SparseBlock.flops`; every token is computed."""
@@ -253,9 +265,7 @@ class PackedBlock(nn.Module):
 
 class _PackedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, block: PackedBlock, return_attended: bool, where: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx, x: Tensor, block: PackedBlock, return_inside: bool, where: Tensor | None) -> tuple[Tensor, ...]:
         batch, tokens, _ = x.shape
         y, *moments1 = block.norm1(x)
         qkv = block.qkv(y).view(batch, tokens, 3, block.heads, -1)
@@ -274,16 +284,26 @@ class _PackedBlock(torch.autograd.Function):
         middle = block.proj.plus(out, x)
         y, *moments2 = block.norm2(middle)
         after, hidden = block.mlp(y, middle)
+        ctx.set_materialize_grads(False)
         ctx.block, ctx.where, ctx.counts = block, where, (len(moments), len(hidden))
         ctx.save_for_backward(x, *moments1, weights, q, k, v, middle, *moments2, *moments, *hidden)
-        return after, out if return_attended else None
+        if not return_inside:
+            return (after,)
+        return after, out, *(part.view(batch, block.heads, -1, part.shape[-1])[:, :, :tokens] for part in (q, k))
 
     @staticmethod
-    def backward(ctx, grad: Tensor, to_attended: Tensor | None) -> tuple[Tensor, None, None, None]:
-        block, grad = ctx.block, grad.contiguous()
+    def backward(
+        ctx,
+        grad: Tensor | None,
+        to_attended: Tensor | None = None,
+        to_queries: Tensor | None = None,
+        to_keys: Tensor | None = None,
+    ) -> tuple[Tensor, None, None, None]:
+        block = ctx.block
         x, mean1, rstd1, weights, q, k, v, middle, mean2, rstd2, *rest = ctx.saved_tensors
         moments, hidden = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
         batch, tokens, _ = x.shape
+        grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         to_middle = block.norm2.backward(block.mlp.backward(grad, *hidden), middle, mean2, rstd2).add_(grad)
         to_out = block.proj.backward(to_middle)
         if to_attended is not None:
@@ -293,8 +313,11 @@ class _PackedBlock(torch.autograd.Function):
         to_out = to_out.view(batch, tokens, block.heads, -1)
         to_out = pad_tokens(to_out.transpose(1, 2)).flatten(0, 1)
         to_qkv = x.new_empty(batch, tokens, 3, block.heads, q.shape[-1])
+        besides = to_queries, to_keys, None
         for part, to_part in enumerate(attend_backward(weights, q, k, v, to_out)):
             to_part = to_part.view(batch, block.heads, -1, q.shape[-1])[:, :, :tokens]
+            if besides[part] is not None:
+                to_part = to_part + besides[part]
             if block.turns and part < 2:
                 to_part = block.position.turned(to_part, ctx.where, back=True)
             to_qkv[:, :, part] = to_part.transpose(1, 2)

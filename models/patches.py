@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from utils.errors import UserError
 from utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ class PatchGrid:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the image in pixels."""
         return self.rows * self.height, self.cols * self.width
+
+    def coarser(self, factor: int) -> PatchGrid:
+        """The grid of images whose sides have that many times fewer pixels.
+
+        Raises:
+            UserError: patches cannot be parted so.
+        """
+        if self.height % factor or self.width % factor:
+            raise UserError(f"patches of {self.height}x{self.width} pixels cannot be averaged over {factor}x{factor}")
+        return replace(self, height=self.height // factor, width=self.width // factor)
 
     def all_positions(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Every position, for each of `batch` images: (batch, count), int64."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from models.blocks import SparseBlock
+from models.blocks import Inside, SparseBlock
 from models.families import family_of, known_classes
 from models.patches import PatchGrid
 from utils.errors import UserError
@@ -47,15 +47,13 @@ def require_supported(vit: nn.Module, name: str = "the model") -> None:
 class ViTOutput(NamedTuple):
     """What `SparseViT` gives: logits (B, classes), what the classifier read (B, D), and what was asked for besides.
 
-    `attended`: for each block the attention's output of every patch (B, n, D), heads side by side, not projected yet;
-    of attention in windows (windows, places, D). `present`: for each block which places have a token (windows, places);
-    None where all of them have. `tokens` (B, n, D): of the patches, as the pooling reads them.
+    `inside`: what the attention of each block whose patches put something out computes on the way. `tokens` (B, n, D):
+    of the patches, as the pooling reads them.
     """
 
     logits: Tensor
     features: Tensor
-    attended: tuple[Tensor, ...] = ()
-    present: tuple[Tensor | None, ...] = ()
+    inside: tuple[Inside, ...] = ()
     tokens: Tensor | None = None
 
 
@@ -137,7 +135,7 @@ class SparseViT(nn.Module):
         patches: Tensor,
         positions: Tensor,
         mirrored: bool | Tensor = False,
-        return_attended: bool = False,
+        return_inside: bool = False,
         return_tokens: bool = False,
     ) -> ViTOutput:
         """Run the model on kept patches.
@@ -147,20 +145,19 @@ class SparseViT(nn.Module):
             positions: (B, n), int64, the grid position of each.
             mirrored: read every patch with its columns reversed (costs nothing: the weights are mirrored instead);
                 a bool, or an int64 tensor () that is 0 or 1.
-            return_attended: also return what the attention of every block puts out.
+            return_inside: also return what the attention of every block computes.
             return_tokens: also return the patches' tokens.
         """
-        x, attended, present, where = self.embed(patches, positions, mirrored), [], [], self.where(positions)
-        few = None if return_attended or return_tokens else self.last_queries
+        x, found, where = self.embed(patches, positions, mirrored), [], self.where(positions)
+        few = None if return_inside or return_tokens else self.last_queries
         for block in self.blocks:
-            x, out, there = block(x, few if block is self.blocks[-1] else None, return_attended, where)
-            if out is not None:
-                attended.append(out[:, self.prefix_tokens :])
-                present.append(there)
+            x, inside = block(x, few if block is self.blocks[-1] else None, return_inside, where)
+            if inside is not None:
+                found.append(inside)
         x = self.norm(x)
         features = self.head.features(x)
         tokens = x[:, self.head.prefix_tokens :] if return_tokens else None
-        return ViTOutput(self.classify(features), features, tuple(attended), tuple(present), tokens)
+        return ViTOutput(self.classify(features), features, tuple(found), tokens)
 
     def classify(self, features: Tensor) -> Tensor:
         """What the classifier reads (B, D) -> logits (B, classes)."""

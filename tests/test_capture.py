@@ -106,9 +106,9 @@ class TapedInverter(Inverter):
         lr = torch.tensor(self.config.lr)
         return torch.optim.Adam([canvas.parameter], lr=lr, betas=self.config.betas, fused=True)
 
-    def stepper(self, canvas, optimizer, targets):
+    def stepper(self, canvas, optimizer, *rest):
         self.state = lambda: changing(canvas, optimizer)
-        return super().stepper(canvas, optimizer, targets)
+        return super().stepper(canvas, optimizer, *rest)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,11 +133,11 @@ def test_a_recording_that_reads_something_stale_is_found_and_left_alone(model, s
     recording, record, early = [], recorded.recorder.record, {}
     recorded.recorder.record = lambda run: (recording.append(1), record(run), recording.pop())[1]
 
-    def wrong(self, canvas, optimizer, targets, draws):
+    def wrong(self, canvas, optimizer, targets, draws, span=None):
         """What a recording would keep: a copy, numbers, a number."""
         if not recording:
             early.setdefault(canvas.pixels.shape, canvas.pixels.detach().clone())
-            return step(self, canvas, optimizer, targets, draws)
+            return step(self, canvas, optimizer, targets, draws, span)
         if stale == "pixels":
             with torch.no_grad():
                 canvas.pixels.copy_(early[canvas.pixels.shape])
@@ -146,10 +146,10 @@ def test_a_recording_that_reads_something_stale_is_found_and_left_alone(model, s
                 Draw(Jitter(*draws[0, :2].long().tolist(), bool(draws[0, 2])), torch.zeros(len(canvas.positions), 0)),
             )
         if stale != "learning rate":
-            return step(self, canvas, optimizer, targets, draws)
+            return step(self, canvas, optimizer, targets, draws, span)
         group = optimizer.param_groups[0]
         kept, group["lr"] = group["lr"], group["lr"].item()
-        loss = step(self, canvas, optimizer, targets, draws)
+        loss = step(self, canvas, optimizer, targets, draws, span)
         group["lr"] = kept
         return loss
 
@@ -182,10 +182,10 @@ def test_a_step_reads_the_same_memory_every_time_and_leaves_nothing(model):
     inverter.recorder.agrees = False
     step, seen = inverter._step, []
 
-    def watched(canvas, optimizer, targets, jitter):
+    def watched(canvas, optimizer, targets, jitter, span):
         optimizer.zero_grad()  # what the step before left
         with Recording() as recording:
-            loss = step(canvas, optimizer, targets, jitter)
+            loss = step(canvas, optimizer, targets, jitter, span)
         state = changing(canvas, optimizer)
         seen.append((canvas, recording.read().keys(), [x.data_ptr() for x in state], state))
         return loss
@@ -259,7 +259,7 @@ def test_wrong_fast_paths_are_found_once_and_plain_code_runs(monkeypatch):
 
 
 def test_a_wrong_total_variation_is_found(model, monkeypatch):
-    monkeypatch.setattr("inversion.total_variation._norm", lambda parts, pairs, order: (parts[0].sum(), parts))
+    monkeypatch.setattr("inversion.total_variation._norm", lambda parts, *_: (parts[0].sum(), parts))
     with pytest.warns(UserNote, match="gradients written out"):
         Inverter(model, InversionConfig(iterations=1, batch_size=2), CPU).invert(0)
 
@@ -303,7 +303,7 @@ def test_too_large_a_batch_is_one_line_with_what_would_fit(model, monkeypatch, c
     monkeypatch.setattr("utils.device.free_memory_bytes", lambda device: free)
     sizes = []
 
-    def step(self, canvas, *_):
+    def step(self, canvas, *_, **how):
         sizes.append(len(canvas.pixels))
         if len(canvas.pixels) > 9:
             no_memory()

@@ -25,9 +25,9 @@ def spied_inverter(model, **config) -> tuple[Inverter, list]:
     inverter = Inverter(model, InversionConfig(**config), CPU)
     seen, step = [], inverter._step
 
-    def spy(canvas, *args):
+    def spy(canvas, *args, **how):
         before = canvas.pixels.detach().clone()
-        loss = step(canvas, *args)
+        loss = step(canvas, *args, **how)
         seen.append((canvas.positions.clone(), before, canvas.pixels.detach().clone()))
         return loss
 
@@ -259,7 +259,7 @@ def test_adversarial_images_are_those_that_the_student_gets_wrong(monkeypatch):
         config = InversionConfig(iterations=30, weights={"oh": 1.0, "adv": adv}, batch_size=8, student=described)
         images = Inverter(teacher, config, CPU, student).invert(0).images
         logits = (SparseViT(model.vit)(images.patches, images.positions).logits for model in (teacher, student))
-        found[adv] = 1 - disagreement(*logits).item()
+        found[adv] = 1 - disagreement(*logits, 3.0).item()
     assert found[10.0] > 2 * found[0.0]
 
 

@@ -35,8 +35,9 @@ INVERSIONS = [
     *({"canvas": name, **SCHEDULE} for name in CANVASES),
     *({"views": (name,), **SCHEDULE} for name in VIEWS),
     {"views": tuple(VIEWS), "canvas": "spectral", "copies": 2},
-    {"strategy": "grow", "canvas": "spectral", "iterations": 14, "lr_schedule": "phases"},
+    {"strategy": "grow", "canvas": "spectral", "iterations": 14, "lr_schedule": "cosine", "phases": ("1",) * 7},
     {"strategy": "grow", "iterations": 14},
+    {"phases": ("1:coarse=2", "1:fresh=1,roll.share=0.25"), "lr_end": 0.01, "soft_logits": 5.0},
     {"projections": ("lowpass:every=1",), "lr_schedule": "cosine", "warmup": 1, **SCHEDULE},
     {"snapshots": (2,), "targets": ("balanced",), "soft_label": 0.1, "flip": False, "dtype": "bfloat16", **SCHEDULE},
 ]
@@ -73,7 +74,16 @@ def test_an_inversion_on_the_device(settings, images, monkeypatch, request):
 
 def test_all_options_of_priors_are_known():
     """So that the cases above are all there are."""
-    assert set(options()) == {"bn_source", "psaq_bandwidth", "cmi_temperature", "cmi_bank"}
+    known = {
+        "bn_source",
+        "psaq_bandwidth",
+        "cmi_temperature",
+        "cmi_bank",
+        "adv_temperature",
+        "synq_cutoff",
+        "synq_sure",
+    }
+    assert set(options()) == known
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)

@@ -219,10 +219,11 @@ def test_differential_attention_is_the_difference_that_timm_computes():
 def test_attended_is_of_every_patch(name, options):
     sparse = SparseViT(family_vit(name, **options)).requires_grad_(False)
     images = images_of(sparse, 2, kept=5)
-    plain, asked = (sparse(images.patches, images.positions, return_attended=asks) for asks in (False, True))
+    plain, asked = (sparse(images.patches, images.positions, return_inside=asks) for asks in (False, True))
     assert_near(asked.logits, plain.logits, 1e-5)
-    assert asked.attended and all(out.shape[:2] == (2, 5) for out in asked.attended)
-    assert len(asked.attended) == (2 if "cait" in name else len(sparse.blocks))
+    tokens = 5 + sparse.prefix_tokens
+    assert asked.inside and all(inside.attended.shape[:2] == (2, tokens) for inside in asked.inside)
+    assert len(asked.inside) == (2 if "cait" in name else len(sparse.blocks))
 
 
 def test_families_are_there_without_what_only_late_versions_of_timm_have():

@@ -122,8 +122,11 @@ def test_packed_blocks_of_other_families_are_their_plain_ones(name, dtype, multi
     positions = torch.stack([torch.randperm(grid.count, generator=generator)[:7] for _ in range(3)])
     outcomes = []
     for model, fed in ((packed, patches.to(kind)), (vit.plainly(), patches)):
-        out = model(fed, positions, return_attended=True)
-        parts = [out.logits.float(), out.attended[0].float()]
+        out = model(fed, positions, return_inside=True)
+        inside = out.inside[0]
+        scale = 1.0 if model is packed else model.blocks[0].scale
+        queries = scale * inside.queries.float()
+        parts = [out.logits.float(), inside.attended.float(), queries, inside.keys.float(), inside.weights(2).float()]
         wanted = [part.square().sum() for part in parts]
         outcomes.append([*parts, *(torch.autograd.grad(value, patches, retain_graph=True)[0] for value in wanted)])
         weights = model.attention_weights(fed, positions)[0].float()

@@ -19,6 +19,7 @@ from utils.errors import UserError
 
 CPU = torch.device("cpu")
 CANVASES = ["pixels", "spectral"]
+SEVEN = ("1",) * 7
 DENSE = {"strategy": "grow", "iterations": 14, "batch_size": 3}
 STOPPING = {**DENSE, "prune_it": (7, 10), "prune_ratio": (0.5, 0.25)}
 
@@ -276,25 +277,19 @@ def test_a_model_without_class_token_grows_where_nothing_is_ranked():
 
 
 def test_the_learning_rate_falls_in_every_phase():
-    config = InversionConfig(strategy="grow", iterations=70, lr=0.01, lr_schedule="phases")
+    config = InversionConfig(strategy="grow", iterations=70, lr=0.01, lr_schedule="cosine", phases=SEVEN)
     for phase in range(7):
         for step in range(10):
             wanted = 0.01 * (1 + math.cos(math.pi * step / 10)) / 2
             assert config.lr_at(10 * phase + step) == pytest.approx(wanted)
-    short = InversionConfig(strategy="grow", iterations=3, lr=0.5, lr_schedule="phases")
+    short = InversionConfig(strategy="grow", iterations=3, lr=0.5, lr_schedule="cosine", phases=SEVEN)
     assert [short.lr_at(iteration) for iteration in range(3)] == [0.5] * 3
-    uneven = InversionConfig(strategy="grow", iterations=10, lr=1.0, lr_schedule="phases")
+    uneven = InversionConfig(strategy="grow", iterations=10, lr=1.0, lr_schedule="cosine", phases=SEVEN)
     starts = [stage.start for stage in stages(10, PatchGrid(8, 8, 4, 4))]
     assert starts == [iteration for iteration in range(10) if uneven.lr_at(iteration) == 1.0]
-    warm = InversionConfig(strategy="grow", iterations=70, lr=1.0, lr_schedule="phases", warmup=4)
+    warm = InversionConfig(strategy="grow", iterations=70, lr=1.0, lr_schedule="cosine", phases=SEVEN, warmup=4)
     assert [warm.lr_at(iteration) for iteration in (0, 3)] == [0.25, 1.0]
     assert warm.lr_at(10) == 1.0
-
-
-def test_phases_are_for_what_has_them():
-    for strategy in ("dense", "pri", None):
-        with pytest.raises(UserError, match="--lr_schedule phases is for --strategy grow"):
-            InversionConfig(strategy=strategy, lr_schedule="phases")
 
 
 def test_the_preset_is_the_paper():
@@ -303,7 +298,8 @@ def test_the_preset_is_the_paper():
     assert config.strategy == "grow"
     assert {name: weight for name, weight in config.weights.items() if weight} == {"oh": 1.0}
     assert config.iterations == 7 * 400
-    assert (config.lr, config.lr_schedule, config.warmup, config.betas) == (0.01, "phases", 0, (0.5, 0.99))
+    assert (config.lr, config.lr_schedule, config.warmup, config.betas) == (0.01, "cosine", 0, (0.5, 0.99))
+    assert config.spans() == [(400 * phase, 400 * phase + 400) for phase in range(7)]
     assert config.copies == 32
     assert (config.canvas, config.init, config.prune_it) == ("pixels", "white", (-1,))
     assert [view.partition(":")[0] for view in config.views] == ["roll", "colour"]
@@ -318,7 +314,7 @@ def test_the_preset_is_the_paper():
 
 def test_the_preset_with_a_schedule_grows_and_stops():
     config = configured("plug_in", prune_it=[400, 800], prune_ratio=[0.3, 0.3])
-    assert (config.strategy, config.prune_it, config.lr_schedule) == ("grow", (400, 800), "phases")
+    assert (config.strategy, config.prune_it, config.phases) == ("grow", (400, 800), SEVEN)
     assert configured("plug_in", prune_it=[-1]).settings() == configured("plug_in").settings()
     assert configured("plug_in", canvas="spectral").lr_schedule == "cosine"
     assert configured("smi", prune_it=[-1]).strategy == "dense"  # where a schedule is what a preset's strategy is
@@ -331,9 +327,9 @@ def test_the_preset_runs(model):
     assert batch.losses.isfinite().all()
 
 
-def test_another_strategy_than_the_presets_has_no_phases():
+def test_another_strategy_than_the_presets_keeps_its_phases():
     config = configured("plug_in", strategy="dense")
-    assert (config.strategy, config.lr_schedule, config.lr) == ("dense", "constant", 0.01)
+    assert (config.strategy, config.lr_schedule, config.lr, config.phases) == ("dense", "cosine", 0.01, SEVEN)
 
 
 def test_a_canvas_that_is_given_has_its_own_rate_and_start_beside_a_preset():

@@ -8,14 +8,19 @@ import torch
 import torchvision
 from torch import nn
 
+import inversion.entropy
 from inversion import PRIORS, ImagePool, InversionConfig, Inverter, synthesize
 from inversion.canvas import Jitter, PatchCanvas
-from inversion.entropy import GRID_POINTS, entropy
+from inversion.entropy import similarity_entropy
+from inversion.head_similarity import unlike
 from inversion.priors import CrossEntropy, Loss, LossInputs, Prior, Term
 from inversion.priors.adversarial import disagreement
 from inversion.priors.cmi import contrast, unit
 from inversion.priors.deepinversion import load_cnn
-from inversion.priors.psaq import TargetedVariation, pair_cosines
+from inversion.priors.mimiq import ScaledTotalVariation
+from inversion.priors.psaq import TargetedVariation
+from inversion.priors.sardfq import spots
+from inversion.priors.synq import HighFrequencies, SoftWhereUnsure
 from inversion.targets import distributions
 from inversion.views import Draw, Seen, Views
 from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
@@ -36,13 +41,13 @@ def normal(*size: int, seed: int = 0) -> torch.Tensor:
 
 def inputs_of(canvas: PatchCanvas, jitter: Jitter = STILL, **fields) -> LossInputs:
     dtype = canvas.pixels.dtype
-    fields = {"output": None, "targets": None, **fields}
+    fields = {"output": None, "targets": None, "grid": canvas.grid, **fields}
     views, draw = Views(("roll", "flip"), canvas.grid, CPU), Draw(jitter, torch.zeros(len(canvas.positions), 0))
 
     def look(draw: Draw) -> Seen:
         return views.look(canvas, draw, dtype)
 
-    return LossInputs(canvas=canvas, seen=look(draw), opposite=lambda: look(views.opposite(draw)), **fields)
+    return LossInputs(canvas=canvas, seen=look(draw), **fields)
 
 
 def parse(*flags: str) -> InversionConfig:
@@ -56,13 +61,18 @@ def parse(*flags: str) -> InversionConfig:
 
 
 def test_adversarial_is_one_minus_the_divergence():
-    teacher, student = normal(2, 4, 6).unbind(0)
-    p, q = teacher.softmax(1), student.softmax(1)
-    m = (p + q) / 2
-    divergence = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
-    torch.testing.assert_close(disagreement(teacher, student), 1 - divergence)
-    assert disagreement(teacher, teacher) == pytest.approx(1)
-    assert torch.autograd.gradcheck(disagreement, [teacher.requires_grad_(), student.requires_grad_()])
+    """At temperature 3, probabilities clamped to 0.01 .. 0.99."""
+    teacher, student = (3 * normal(2, 4, 6)).unbind(0)
+    p, q = ([[min(max(v, 0.01), 0.99) for v in row] for row in (x / 3).softmax(1).tolist()] for x in (teacher, student))
+    divergence = 0.0
+    for a, b in zip(p, q, strict=True):
+        middle = [(x + y) / 2 for x, y in zip(a, b, strict=True)]
+        for one in (a, b):
+            divergence += sum(x * math.log(x / m) for x, m in zip(one, middle, strict=True)) / 2 / 4
+    assert disagreement(teacher, student, 3.0).item() == pytest.approx(1 - divergence)
+    assert disagreement(teacher, teacher, 3.0) == pytest.approx(1)
+    fed = [teacher.requires_grad_(), student.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: disagreement(a, b, 3.0), fed)
 
 
 # Labels
@@ -87,34 +97,66 @@ def test_cross_entropy_with_soft_labels():
 
 
 def test_entropy_of_patch_similarities():
-    """Cosines pair by pair, the kernel density point by point, the integral by hand."""
+    """Cosines pair by pair, each with itself too, between the batch's extremes; kernels and integral by hand."""
     x, h = normal(2, 5, 3), 0.3
+    cosines = [[float(a @ b / a.norm() / b.norm()) for a in image for b in image] for image in x]
+    low, high = min(map(min, cosines)), max(map(max, cosines))
+    points = [low + (high - low) * k / 9 for k in range(10)]
     expected = []
-    for image in x:
-        pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
-        cosines = [float(image[i] @ image[j] / image[i].norm() / image[j].norm()) for i, j in pairs]
-        points = [-1 + 2 * k / (GRID_POINTS - 1) for k in range(GRID_POINTS)]
-        kernels = [[math.exp(-(((p - c) / h) ** 2) / 2) / math.sqrt(2 * math.pi) for c in cosines] for p in points]
-        density = [sum(row) / (len(cosines) * h) for row in kernels]
+    for values in cosines:
+        kernels = [[math.exp(-(((p - c) / h) ** 2) / 2) / math.sqrt(2 * math.pi) for c in values] for p in points]
+        density = [sum(row) / (len(values) * h) + 1e-4 for row in kernels]
         heights = [-f * math.log(f) for f in density]
-        expected.append(sum((a + b) / 2 * (2 / (GRID_POINTS - 1)) for a, b in itertools.pairwise(heights)))
-    torch.testing.assert_close(entropy(pair_cosines(x), h), torch.tensor(expected, dtype=torch.float64))
+        expected.append(sum((a + b) / 2 * (high - low) / 9 for a, b in itertools.pairwise(heights)))
+    for plain in (False, True):
+        assert similarity_entropy(x, h, plain=plain).item() == pytest.approx(sum(expected) / 2)
 
 
-def test_entropy_gradient_by_finite_differences():
-    x = normal(2, 4, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: entropy(pair_cosines(x), 0.3), [x])
+def at_fixed_points(monkeypatch):
+    """The ends of the density's points carry no gradient; for differences they must not move either."""
+    ends = torch.linspace(-1, 1, 10, dtype=torch.float64)
+    monkeypatch.setattr(inversion.entropy, "_points", lambda cosines, there: ends)
+
+
+def test_entropy_gradient_by_finite_differences(monkeypatch):
+    at_fixed_points(monkeypatch)
+    x, there = normal(3, 4, 3).requires_grad_(), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    for plain, kept in itertools.product((False, True), (None, there)):
+        assert torch.autograd.gradcheck(lambda x, p=plain, k=kept: similarity_entropy(x, 0.3, k, p), [x])
+
+
+def test_entropy_is_of_vectors_that_count():
+    x, there = normal(2, 6, 3), torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    for plain in (False, True):
+        found = similarity_entropy(x, 0.3, there, plain)
+        torch.testing.assert_close(found, similarity_entropy(x[:1, :4], 0.3))
+
+
+def test_entropy_is_of_the_mean_over_heads_in_every_block():
+    model = tiny_model()
+    inverter = Inverter(model, InversionConfig(weights={"pse": 1.0}, batch_size=2), CPU, eager=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fed = GRID.patchify(images), GRID.all_positions(2)
+    inside = inverter.vit(*fed, return_inside=True).inside
+    expected = 0.0
+    for one in inside:
+        heads = one.attended[:, 1:].chunk(one.heads, dim=-1)
+        expected -= similarity_entropy(sum(heads) / one.heads, 0.01)
+    ((_, term),) = inverter.losses
+    canvas = PatchCanvas(GRID, fed[0], fed[1].contiguous())
+    found = term(inputs_of(canvas, output=inverter.vit(*fed, return_inside=True)))
+    torch.testing.assert_close(found, expected)
 
 
 def test_similar_patches_have_less_entropy_than_diverse_ones():
     alike = torch.ones(1, 30, 8) + 0.01 * normal(1, 30, 8)
-    assert entropy(pair_cosines(alike), 0.05) < entropy(pair_cosines(normal(1, 30, 8)), 0.05) - 1
+    assert similarity_entropy(alike, 0.05) < similarity_entropy(normal(1, 30, 8), 0.05)
 
 
 def test_targeted_variation_is_the_distance_to_the_drawn_level():
     canvas = random_canvas(GRID, 5)
     term = TargetedVariation(None)
-    term.begin(None, torch.Generator().manual_seed(3))
+    term.begin(None, torch.Generator().manual_seed(3), 5)
     level = 2500 + 500 * torch.rand((), generator=torch.Generator().manual_seed(3)).item()
     scale = math.sqrt(3 * 5 * GRID.pixels / (32 * 3 * 224 * 224))
     value = term(inputs_of(canvas))
@@ -141,7 +183,8 @@ def test_what_attention_puts_out_is_timms(dtype):
     model.vit(leaves[0])
     grid = inverter.vit.grid
     fed = grid.patchify(leaves[1]).to(inverter.dtype), grid.all_positions(2)
-    found = inverter.vit(*fed, return_attended=True).attended
+    found = inverter.vit(*fed, return_inside=True).inside
+    found = [inside.attended[:, 1:] for inside in found]
     seen = seen[: len(found)]  # the last block's projection is timm's own, and was called again
     assert len(found) == len(seen) == 3
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.15}
@@ -163,11 +206,242 @@ def test_contrast_term():
         expected = 0.0
         for i in range(3):
             unlike = [first[j] for j in range(3) if j != i] + ([] if others is None else list(others))
-            total = sum(math.exp(float(first[i] @ other) / 0.2) for other in unlike)
-            expected -= math.log(math.exp(float(first[i] @ second[i]) / 0.2) / total) / 3
+            alike = math.exp(float(first[i] @ second[i]) / 0.2)
+            total = alike + sum(math.exp(float(first[i] @ other) / 0.2) for other in unlike)
+            expected -= math.log(alike / total) / 3
         assert contrast(first, second, others, 0.2).item() == pytest.approx(expected)
-    raw = [normal(3, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()]
-    assert torch.autograd.gradcheck(lambda a, b: contrast(unit(a), unit(b), bank, 0.2), raw)
+
+
+def test_nothing_flows_to_what_an_image_is_unlike():
+    first, second, bank = normal(3, 4), normal(3, 4, seed=1), unit(normal(5, 4, seed=2))
+    one = [first[:1].clone().requires_grad_(), second[:1].clone().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: contrast(unit(a), unit(b), bank, 0.2), one)
+    a, b = unit(first).requires_grad_(), unit(second)
+    (found,) = torch.autograd.grad(contrast(a, b, None, 0.2), a)
+    for i in range(3):
+        alone, others = a[i : i + 1].detach().requires_grad_(), a.detach()[[j for j in range(3) if j != i]]
+        (expected,) = torch.autograd.grad(contrast(alone, b[i : i + 1], others, 0.2) / 3, alone)
+        torch.testing.assert_close(found[i : i + 1], expected)
+
+
+@pytest.mark.parametrize("views", [["roll", "flip"], ["roll"]])
+def test_contrast_compares_the_image_with_a_part_of_it(views, monkeypatch):
+    """At least a quarter of it, mirrored if the whole is not where there are flips."""
+    config = InversionConfig(weights={"cr": 1.0}, views=tuple(views), batch_size=3)
+    inverter = Inverter(tiny_model(), config, CPU)
+    ((_, term),) = inverter.losses
+    parts = []
+    monkeypatch.setattr(LossInputs, "part", lambda self, *args: parts.append(args) or self.seen)
+    term.begin(None, torch.Generator(), 3)
+    for draw in inverter.spans[0].views.draws(50, 3, torch.Generator().manual_seed(0)):
+        canvas = random_canvas(GRID, 16, torch.float32)
+        seen = inverter.spans[0].views.look(canvas, draw, torch.float32)
+        term(LossInputs(inverter.vit(*seen), None, canvas, seen, GRID, draw.numbers))
+        assert parts[-1][2] is (not seen.mirrored if "flip" in views else False)
+    shares = torch.stack([part[0] for part in parts]).square()
+    assert 0.25 <= shares.min() < 0.3
+    assert 0.95 < shares.max() <= 1
+
+
+# MimiQ
+
+
+def ssim(a: list[float], b: list[float]) -> float:
+    """The global one, of two images in [0, 1]."""
+    n = len(a)
+    mean_a, mean_b = sum(a) / n, sum(b) / n
+    var_a, var_b = sum((x - mean_a) ** 2 for x in a) / n, sum((x - mean_b) ** 2 for x in b) / n
+    cov = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / n
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+
+
+def test_heads_that_look_unlike():
+    """Row by row, pair by pair; and of those that count alone."""
+    q, k = normal(2, 3, 6, 4), normal(2, 3, 6, 4, seed=1)
+    there = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    for kept in (None, there):
+        found = []
+        for b in range(2):
+            places = list(range(6)) if kept is None else kept[b].nonzero()[:, 0].tolist()
+            for query in places:
+                rows = [[float(q[b, h, query] @ k[b, h, key]) for key in places] for h in range(3)]
+                rows = [[(x - min(row)) / (max(row) - min(row)) for x in row] for row in rows]
+                found += [sum(1 - ssim(rows[i], rows[j]) ** 2 for i, j in ((0, 1), (0, 2), (1, 2))) / 3]
+        for plain in (False, True):
+            assert unlike(q, k, kept, plain).item() == pytest.approx(sum(found) / len(found))
+    assert unlike(q[:, :1].expand(-1, 3, -1, -1), k[:, :1].expand(-1, 3, -1, -1)) == pytest.approx(0, abs=1e-9)
+
+
+def test_head_similarity_gradient_by_finite_differences():
+    fed = [normal(2, 2, 4, 3).requires_grad_(), normal(2, 2, 4, 3, seed=1).requires_grad_()]
+    there = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()
+    for plain, kept in itertools.product((False, True), (None, there)):
+        assert torch.autograd.gradcheck(lambda q, k, p=plain, t=kept: unlike(q, k, t, p), fed)
+
+
+def test_inter_head_similarity_is_of_timms_queries_and_keys():
+    """Of patches alone, mean over all blocks; the scale of the scores does not matter."""
+    model, seen = tiny_model(depth=3), []
+    for block in model.vit.blocks:
+        block.attn.qkv.register_forward_hook(lambda _, args, out: seen.append(out))
+    inverter = Inverter(model, InversionConfig(weights={"ihs": 1.0}, batch_size=2), CPU)
+    canvas = random_canvas(GRID, 16, torch.float32)
+    model.vit(canvas.grid.unpatchify(canvas.pixels.detach(), canvas.positions))
+    expected = []
+    for out in seen[:3]:
+        q, k, _ = out[:, 1:].unflatten(-1, (3, model.vit.blocks[0].attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        expected.append(unlike(q, k, plain=True).item())
+    ((_, term),) = inverter.losses
+    found = term(inputs_of(canvas, output=inverter.vit(canvas.pixels, canvas.positions, return_inside=True)))
+    assert found.item() == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_a_model_with_one_head_has_none_to_compare():
+    with pytest.raises(UserError, match="has two heads to compare"):
+        Inverter(tiny_model(num_heads=1), InversionConfig(weights={"ihs": 1.0}), CPU)
+
+
+def test_total_variation_with_diagonals_at_their_distance():
+    canvas = random_canvas(GRID, 16)
+    x = GRID.unpatchify(canvas.pixels.detach(), canvas.positions)
+    straight = (x[..., 1:] - x[..., :-1]).norm() + (x[..., 1:, :] - x[..., :-1, :]).norm()
+    diagonal = (x[..., 1:, 1:] - x[..., :-1, :-1]).norm() + (x[..., 1:, :-1] - x[..., :-1, 1:]).norm()
+    found = ScaledTotalVariation(None)(inputs_of(canvas))
+    torch.testing.assert_close(found, straight + diagonal / math.sqrt(2))
+    plain = PatchCanvas(GRID, canvas.pixels.detach(), canvas.positions, plain=True)
+    torch.testing.assert_close(ScaledTotalVariation(None)(inputs_of(plain)), found)
+    (ours,), (theirs,) = (
+        torch.autograd.grad(ScaledTotalVariation(None)(inputs_of(c)), [c.pixels]) for c in (canvas, plain)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+# SARDFQ
+
+
+def test_maps_are_the_maximum_of_a_few_spots():
+    maps = spots(40, 3, PatchGrid(9, 7, 4, 4), torch.Generator().manual_seed(0)).view(-1, 9, 7)
+    assert maps.min() >= 0 and maps.max() <= 1
+    inner = maps[:, 1:-1, 1:-1]
+    around = torch.stack([maps[:, 1 + i : 8 + i, 1 + j : 6 + j] for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j])
+    tops = (inner > around.amax(dim=0)).flatten(1).sum(dim=1)
+    assert tops.max() in range(3, 6)  # of five, some lie under others or at the edge
+    assert (tops <= 1).any()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_attention_prior(class_token):
+    """Against timm's own attention of the later half of the blocks, image by image and head by head."""
+    options = {} if class_token else {"class_token": False, "global_pool": "avg"}
+    model, seen = tiny_model(depth=4, **options), []
+    for block in model.vit.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, args, out: seen.append(out))
+    inverter = Inverter(model, InversionConfig(weights={"ap": 1.0}, batch_size=3), CPU)
+    ((_, term),) = inverter.losses
+    term.begin(None, torch.Generator().manual_seed(1), 3)
+    canvas = random_canvas(GRID, 16, torch.float32)
+    model.vit(GRID.unpatchify(canvas.pixels.detach(), canvas.positions))
+    found = term(inputs_of(canvas, output=inverter.vit(canvas.pixels, canvas.positions, return_inside=True)))
+    expected, heads = [], model.vit.blocks[0].attn.num_heads
+    for number, weights in enumerate(seen[2:4]):
+        rows = weights[:, :, 0, 1:] if class_token else weights.mean(dim=2)
+        for image in range(3):
+            for head in range(heads):
+                wanted = term.maps[number][image, head] / term.maps[number][image, head].sum()
+                expected.append(((rows[image, head] - wanted) ** 2).sum().item())
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_maps_of_kept_patches_move_with_the_image():
+    inverter = Inverter(tiny_model(depth=2), InversionConfig(weights={"ap": 1.0}, batch_size=3), CPU)
+    ((_, term),) = inverter.losses
+    term.begin(None, torch.Generator().manual_seed(1), 3)
+    canvas = random_canvas(GRID, 7, torch.float32)
+    rolled = inputs_of(canvas, Jitter(8, 0, False))
+    output = inverter.vit(*rolled.seen, return_inside=True)
+    found = term(inputs_of(canvas, Jitter(8, 0, False), output=output))
+    rows = output.inside[1].weights(1)[:, :, 0, 1:]
+    wanted = term.maps[0].gather(2, canvas.positions[:, None].expand(-1, rows.shape[1], -1))
+    expected = (rows - wanted / wanted.sum(dim=2, keepdim=True)).square().sum(dim=2).mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_quarter_is_shown_enlarged_and_has_a_label_of_its_own(monkeypatch):
+    model, fed = tiny_model(), []
+    inverter = Inverter(model, InversionConfig(weights={"parts": 1.0}, batch_size=3), CPU)
+    ((_, term),) = inverter.losses
+    term.begin(None, torch.Generator().manual_seed(0), 3)
+    canvas = random_canvas(GRID, 16, torch.float32)
+    images = GRID.unpatchify(canvas.pixels.detach(), canvas.positions)
+    targets, forward = torch.eye(5)[[0, 2, 4]], term.vit.forward
+    monkeypatch.setattr(term.vit, "forward", lambda *seen: fed.append(seen) or forward(*seen))
+    numbers = torch.rand(3, 1, generator=torch.Generator().manual_seed(2))
+    found = term(inputs_of(canvas, targets=targets, numbers=numbers))
+    expected = []
+    for i, u in enumerate(numbers[:, 0].tolist()):
+        quarter = int(term.order[i, int(u * int(term.counts[i]))])
+        row, col = divmod(quarter, 2)
+        part = images[i : i + 1, :, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16]
+        # What lies outside is read at the quarter's edge, where torch's stretch has nothing but the edge.
+        whole = torch.nn.functional.interpolate(part, size=(32, 32), mode="bilinear")
+        shown = GRID.unpatchify(fed[0][0], fed[0][1])[i]
+        torch.testing.assert_close(shown[:, 2:-2, 2:-2], whole[0, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-4)
+        logits = model.vit(shown[None])
+        expected.append(-logits.log_softmax(1)[0, int(targets[term.labels[i, quarter]].argmax())].item())
+    assert found.item() == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_at_least_one_quarter_counts_and_at_most_four():
+    inverter = Inverter(tiny_model(), InversionConfig(weights={"parts": 1.0}, batch_size=3), CPU)
+    ((_, term),) = inverter.losses
+    term.begin(None, torch.Generator().manual_seed(0), 200)
+    assert term.counts.unique().tolist() == [1, 2, 3, 4]
+    assert all(sorted(row) == [0, 1, 2, 3] for row in term.order.tolist())
+
+
+# SynQ
+
+
+def test_high_frequencies_are_what_a_gaussian_takes_away():
+    """Against the discrete Fourier transform written out."""
+    grid = PatchGrid(2, 2, 3, 3, channels=1)
+    canvas = random_canvas(grid, 4)
+    term = HighFrequencies.__new__(HighFrequencies)
+    term.cutoff = 0.4
+    image = grid.unpatchify(canvas.pixels.detach(), canvas.positions)[0, 0]
+    dft = torch.tensor(
+        [[complex(math.cos(a), -math.sin(a)) for a in (math.tau * i * j / 6 for j in range(6))] for i in range(6)]
+    )
+    dft = dft.to(torch.complex128)
+    shares = torch.tensor([min(k, 6 - k) / 3 for k in range(6)], dtype=torch.float64)
+    passed = torch.exp(-(shares[:, None] ** 2 + shares**2) / (2 * 0.4**2))
+    spectrum = dft @ image.to(torch.complex128) @ dft * (1 - passed)
+    removed = (dft.conj() @ spectrum @ dft.conj() / 36).real
+    one = PatchCanvas(grid, canvas.pixels.detach()[:1], canvas.positions[:1])
+    torch.testing.assert_close(term(inputs_of(one)), removed.norm())
+    term(inputs_of(canvas)).backward()
+    direction, step = normal(*canvas.pixels.shape, seed=1), 1e-6
+    ends = [
+        term(inputs_of(PatchCanvas(grid, canvas.pixels.detach() + s * step * direction, canvas.positions))).item()
+        for s in (1, -1)
+    ]
+    assert (canvas.pixels.grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
+
+
+def test_labels_are_soft_where_the_model_is_unsure():
+    logits, targets = torch.tensor([[4.0, 0, 0], [0, 1, 0]], dtype=torch.float64), torch.eye(3)[[0, 0]].double()
+    term = SoftWhereUnsure.__new__(SoftWhereUnsure)
+    term.sure = 0.5
+    p = logits.softmax(1)
+    half = [(targets[1][k] + p[1][k]) / 2 for k in range(3)]
+    expected = (-p[0][0].log() - sum(h * x.log() for h, x in zip(half, p[1], strict=True))) / 2
+    output = ViTOutput(logits.requires_grad_(), None)
+    found = term(LossInputs(output, targets, None, None, None))
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(gradient[1], (p[1] - torch.stack(half)) / 2)
 
 
 def test_contrast_looks_at_earlier_batches_and_only_at_them(tmp_path):
@@ -288,7 +562,9 @@ def test_without_network_the_cnn_asks_for_a_file(monkeypatch):
 @pytest.mark.parametrize(
     "strategy", [[], ["--prune_it", "3", "6", "--prune_ratio", "0.3", "0.3"], ["--strategy", "pri"]]
 )
-@pytest.mark.parametrize("prior", [["deepinversion"], ["psaq"], ["cmi"], ["psaq", "cmi", "deepinversion"]])
+@pytest.mark.parametrize(
+    "prior", [[name] for name in PRIORS if name != "adversarial"] + [["psaq", "cmi", "deepinversion"]]
+)
 def test_every_prior_runs_with_every_strategy(model, prior, strategy):
     config = parse("--prior", *prior, *strategy, "--iterations", "12")
     batch = Inverter(model, config, CPU).invert(0)
@@ -307,13 +583,15 @@ def test_presets_are_the_published_settings_and_given_flags_win():
     smi = parse("--preset", "smi")
     assert (smi.strategy, smi.prune_it, smi.prune_ratio) == ("smi", (50, 100, 200, 300), (0.3,) * 4)
     assert (smi.iterations, smi.lr) == (4000, 0.25)
-    psaq = parse("--preset", "psaq_vit", "--lr_g", "0.2", "--prune_it", "50", "--prune_ratio", "0.3")
-    assert (psaq.iterations, psaq.betas, psaq.lr_schedule, psaq.warmup) == (500, (0.5, 0.9), "cosine", 100)
-    assert (psaq.strategy, psaq.lr, psaq.weights["pse"]) == ("smi", 0.2, 1.0)
+    psaq = parse("--preset", "psaq_vit", "--lr_g", "0.25", "--prune_it", "50", "--prune_ratio", "0.3")
+    assert (psaq.iterations, psaq.betas, psaq.lr_schedule, psaq.warmup) == (1000, (0.5, 0.9), "cosine", 100)
+    assert (psaq.strategy, psaq.lr, psaq.weights["pse"]) == ("smi", 0.25, 1.0)
     assert parse("--preset", "smi", "--strategy", "pri").strategy == "pri"
     assert parse("--preset", "smi", "--prune_it", "-1").strategy == "dense"
     assert parse("--preset", "cmi", "--oh", "2").weights["oh"] == 2
-    assert parse("--preset", "deepinversion").weights["l2"] == 1e-5
+    assert parse("--preset", "datafree").weights["l2"] == 1e-5
+    assert parse("--preset", "deepinversion").weights["l2_mean"] == 1e-5
+    assert parse("--preset", "mimiq", "--views", "roll", "flip").phases == ("1:roll.share=0.036", "1:roll.share=0.0715")
 
 
 def test_a_prior_from_outside_is_a_row_and_a_flag(model, monkeypatch):

@@ -180,11 +180,11 @@ def test_pixels_never_leave_the_limits(model, canvas):
 def test_all_coefficients_go_on_when_patches_stop_with_the_moments_that_they_have(model, monkeypatch):
     seen, stepper = [], Inverter.stepper
 
-    def spy(self, canvas, optimizer, targets):
+    def spy(self, canvas, optimizer, *rest):
         state = optimizer.state.get(canvas.parameter, {})
         steps = int(state["step"]) if state else 0
         seen.append((canvas.parameter, canvas.parameter.detach().clone(), steps, optimizer))
-        return stepper(self, canvas, optimizer, targets)
+        return stepper(self, canvas, optimizer, *rest)
 
     monkeypatch.setattr(Inverter, "stepper", spy)
     Inverter(model, InversionConfig(**SPARSE), CPU).invert(0)
@@ -424,7 +424,7 @@ def test_every_canvas_has_its_own_defaults_and_what_is_given_wins():
     assert configured("smi", canvas="spectral").iterations == 4000
     assert chosen(configured("smi", canvas="spectral", lr=0.3, init="white")) == (0.3, "cosine", "white")
     assert chosen(InversionConfig(canvas="spectral", lr_schedule="constant")) == (0.3, "constant", "pink")
-    assert chosen(configured("psaq_vit")) == (0.25, "cosine", "white")
+    assert chosen(configured("psaq_vit")) == (0.2, "cosine", "white")
 
 
 @pytest.mark.parametrize("init", ["white", "pink"])

@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inversion import InversionConfig, Inverter
-from inversion.entropy import entropy
 from inversion.priors.base import LossInputs
-from inversion.priors.psaq import PatchSimilarityEntropy, pair_cosines
+from inversion.priors.psaq import PatchSimilarityEntropy
 from kt import DistillConfig, Distiller
 from models import LoadedModel, SparseImages, SparseViT
 from models.registry import Preprocessing
@@ -295,10 +294,17 @@ def test_what_attention_puts_out_is_timms_window_by_window(name):
     with torch.no_grad():
         vit(images)
         expected = list(seen)
-        found = sparse(sparse.grid.patchify(images), sparse.grid.all_positions(2), return_attended=True)
-    for ours, there, theirs in zip(found.attended, found.present, expected, strict=True):
-        there = torch.ones(theirs.shape[:2], dtype=torch.bool) if there is None else there
-        torch.testing.assert_close(ours[there], theirs[there], rtol=1e-4, atol=1e-5)
+        found = sparse(sparse.grid.patchify(images), sparse.grid.all_positions(2), return_inside=True)
+    for inside, theirs in zip(found.inside, expected, strict=True):
+        there = torch.ones(theirs.shape[:2], dtype=torch.bool) if inside.present is None else inside.present
+        torch.testing.assert_close(inside.attended[there], theirs[there], rtol=1e-4, atol=1e-5)
+
+
+def plain_entropy(cosines: torch.Tensor, points: torch.Tensor, width: float) -> torch.Tensor:
+    """PSAQ-ViT's differential entropy of cosines (n, n) at points."""
+    kernels = torch.exp(-(((points[:, None, None] - cosines) / width) ** 2) / 2) / math.sqrt(2 * math.pi)
+    density = kernels.sum(dim=(1, 2)) / (cosines.numel() * width) + 1e-4
+    return torch.trapezoid(-density * density.log(), points)
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -308,15 +314,18 @@ def test_the_entropy_of_similarities_is_of_windows_of_kept_tokens(counted):
     sparse = SparseViT(vit).requires_grad_(False)
     sparse.places.counted = counted
     term = PatchSimilarityEntropy.__new__(PatchSimilarityEntropy)
-    term.bandwidth = 0.1
+    term.bandwidth, term.prefix = 0.1, 0
     positions, losses = some(sparse, 2, 4), []
     patches = sparse.grid.taken(images_of(vit), positions).requires_grad_()
-    output = sparse(patches, positions, return_attended=True)
-    losses.append(term(LossInputs(output, None, None, None, None)))
+    output = sparse(patches, positions, return_inside=True)
+    losses.append(term(LossInputs(output, None, None, None, sparse.grid)))
     each = []
-    for x, there in zip(output.attended, output.present, strict=True):
-        windows = [x[index][place][None] for index, place in enumerate(there) if place.sum() > 1]
-        each.append(torch.cat([entropy(pair_cosines(window), 0.1) for window in windows]).mean())
+    for x, heads, *_, there in output.inside:
+        x = x.unflatten(-1, (heads, -1)).mean(dim=2)
+        windows = [unit @ unit.t() for unit in (F.normalize(x[i][p], dim=-1) for i, p in enumerate(there) if p.any())]
+        cosines = torch.cat([window.detach().flatten() for window in windows])
+        points = torch.linspace(0, 1, 10) * (cosines.max() - cosines.min()) + cosines.min()
+        each.append(torch.stack([plain_entropy(window, points, 0.1) for window in windows]).mean())
     losses.append(-sum(each))
     torch.testing.assert_close(losses[0], losses[1])
     found, expected = (torch.autograd.grad(loss, patches, retain_graph=True)[0] for loss in losses)

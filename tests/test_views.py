@@ -387,18 +387,8 @@ def test_a_draw_survives_being_one_row(batch):
         torch.testing.assert_close(seen.patches, expected.patches)
 
 
-def test_opposite_looks_are_as_far_apart_as_can_be():
-    grid = PatchGrid(4, 4, 4, 4)
-    numbers = torch.tensor([[0.0, 0.25], [0.5, 0.9]])
-    for names, mirrored in ((("roll", "flip"), True), (("roll",), False)):
-        views = Views([*names, "noise"], grid, CPU)
-        found = views.opposite(Draw(Jitter(2, -1, False), numbers))
-        assert found.jitter == Jitter(-2, 1, mirrored)
-        torch.testing.assert_close(found.numbers, torch.tensor([[1.0, 0.75], [0.5, 0.1]]))
-        assert views.opposite(found).jitter == Jitter(2, -1, False)
-    recorded = Views(["flip"], grid, CPU).opposite(Draw(Jitter(*torch.tensor([2, -1, 1])), numbers))
-    assert [value.item() for value in recorded.jitter] == [-2, 1, 0]
-    every = Views(ALL, grid, CPU)  # 1 itself is the opposite of what can be drawn
+def test_numbers_of_one_are_seen_as_well():
+    every, grid = Views(ALL, PatchGrid(4, 4, 4, 4), CPU), PatchGrid(4, 4, 4, 4)
     ones = Draw(Jitter(0, 0, False), torch.ones(BATCH, every.numbers))
     seen = every.look(random_canvas(grid, 5), ones, torch.float64)
     assert seen.patches.isfinite().all()
@@ -481,7 +471,7 @@ def test_a_step_of_several_copies_is_the_mean_over_as_many_looks():
 
 def test_the_gradient_of_several_copies_is_the_mean_of_theirs():
     inverter = Inverter(load_model(DEFAULT_MODEL), InversionConfig(batch_size=BATCH, views=ALL, copies=2), CPU)
-    draws, targets = inverter.views.draws(2, BATCH, generator()), torch.eye(10)[:BATCH]
+    draws, targets = inverter.spans[0].views.draws(2, BATCH, generator()), torch.eye(10)[:BATCH]
     start, grads = random_canvas(inverter.vit.grid, 9, torch.float32), []
     for chosen in ((draws[0],), (draws[1],), tuple(draws)):
         canvas = PatchCanvas(start.grid, start.pixels.detach().clone(), start.positions, limits=inverter.limits)

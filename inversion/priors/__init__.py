@@ -1,12 +1,15 @@
 """Priors: what an inverted image is asked to be besides sure of its label. One file each; `PRIORS` names them."""
 
-from inversion.priors import adversarial, cmi, deepinversion, psaq
+from inversion.priors import adversarial, cmi, deepinversion, mimiq, psaq, sardfq, synq
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term
 from inversion.priors.deepinversion import CrossEntropy
 
 PRIORS: dict[str, Prior] = {
     "deepinversion": deepinversion.PRIOR,
     "psaq": psaq.PRIOR,
+    "mimiq": mimiq.PRIOR,
+    "sardfq": sardfq.PRIOR,
+    "synq": synq.PRIOR,
     "cmi": cmi.PRIOR,
     "adversarial": adversarial.PRIOR,
 }

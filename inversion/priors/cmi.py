@@ -1,8 +1,10 @@
 """CMI (Fang et al., *Contrastive Model Inversion for Data-Free Knowledge Distillation*, IJCAI 2021).
 
 Images are made diverse by contrast (eq. 5 of the paper): an image shall be told apart, in the teacher's features, from
-the others of its batch and from images made earlier, while two views of it stay alike. The paper trains a small network
-on top of the features; here they are taken as they are.
+the others of its batch and from images made earlier, while a part of it stays like the whole. As in the paper's code,
+the positive stands in the denominator as well and nothing flows to what an image is unlike. The paper compares what a
+small network, trained along, makes of the features of all layers, so that it can be fed a CNN's; here it is what the
+classifier reads, which a ViT has made out of all layers, and nothing is trained beside the images.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ if TYPE_CHECKING:
     from models import SparseImages
 
 
-class Contrast(Loss):
-    """-log (exp(s(x, x+) / T) / sum exp(s(x, x-) / T)), mean over the batch, s the cosine of features.
+SMALLEST = 0.25
+"""Share of an image that a part of it has, at least."""
 
-    x+ is another view of the image: rolled the other way, mirrored if x is not, and so on. The x- are the other images
-    of the batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into the bank.
+
+class Contrast(Loss):
+    """-log (exp(s(x, x+) / T) / (exp(s(x, x+) / T) + sum exp(s(x, x-) / T))), mean over the batch.
+
+    s is the cosine of features. x is the image as the teacher is fed it, x+ a part of it, of a share uniform in [1/4,
+    1], anywhere, enlarged to it, and mirrored if x is not where there are flips. The x- are the other images of the
+    batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into any x-.
     """
 
+    numbers = 3
+
     def __init__(self, context: Context) -> None:
-        self.vit = context.vit
+        self.vit, self.flips = context.vit, context.has_view("flip")
         self.temperature, self.size = float(context.options["cmi_temperature"]), int(context.options["cmi_bank"])
         self.runs = (self.vit,)
         self.bank: Tensor | None = None
 
-    def begin(self, earlier: SparseImages | None, generator: torch.Generator) -> None:
+    def begin(self, earlier: SparseImages | None, generator: torch.Generator, images: int) -> None:
         self.bank = None
         if earlier is not None and len(earlier) and self.size:
             device, dtype = self.vit.device, self.vit.patch_proj.weight.dtype
@@ -44,7 +53,10 @@ class Contrast(Loss):
                 self.bank = unit(torch.cat(parts))
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        other = self.vit(*inputs.opposite())
+        u, mirrored = inputs.numbers, inputs.seen.mirrored
+        if self.flips:
+            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
+        other = self.vit(*inputs.part((SMALLEST + (1 - SMALLEST) * u[:, 0]).sqrt(), u[:, 1:], mirrored))
         return contrast(unit(inputs.output.features), unit(other.features), self.bank, self.temperature)
 
 
@@ -55,19 +67,17 @@ def unit(features: Tensor) -> Tensor:
 
 def contrast(first: Tensor, second: Tensor, bank: Tensor | None, temperature: float) -> Tensor:
     """The term for two views (B, D) of each image and a bank (K, D) or None, all of length 1; 0 for an image alone."""
-    others = first if bank is None else torch.cat([first, bank])
-    if len(others) == 1:
-        return 0 * first.sum()
+    others = (first if bank is None else torch.cat([first, bank])).detach()
     alike = (first * second).sum(dim=1) / temperature
-    unlike = (first @ others.t()) / temperature
     itself = torch.eye(len(first), len(others), dtype=torch.bool, device=first.device)
-    return (unlike.masked_fill(itself, float("-inf")).logsumexp(dim=1) - alike).mean()
+    unlike = ((first @ others.t()) / temperature).masked_fill(itself, float("-inf"))
+    return (torch.cat([alike[:, None], unlike], dim=1).logsumexp(dim=1) - alike).mean()
 
 
 PRIOR = Prior(
     terms={"cr": Term(Contrast, 0.8, "weight of the contrast between images", frozenset({"earlier"}))},
     options={
         "cmi_temperature": Option(0.1, rate, "temperature of the contrast"),
-        "cmi_bank": Option(1024, natural, "earlier images to be unlike; 0: the batch alone"),
+        "cmi_bank": Option(40960, natural, "earlier images to be unlike; 0: the batch alone"),
     },
 )

@@ -54,6 +54,13 @@ class L2(Loss):
         return torch.linalg.vector_norm(inputs.canvas.pixels)
 
 
+class MeanL2(Loss):
+    """Norm of the kept pixels of an image, mean over the batch (R_l2 as DeepInversion's own code has it)."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return torch.linalg.vector_norm(inputs.canvas.pixels.flatten(1), dim=1).mean()
+
+
 class BatchNormStatistics(Loss):
     """R_feature (eq. 4): summed over BatchNorm2d layers, ||mean - running mean||_2 + ||var - running var||_2.
 
@@ -133,6 +140,7 @@ PRIOR = Prior(
         "tv1": Term(TotalVariationL1, 0.0, "weight of the l1 total variation"),
         "tv2": Term(TotalVariationL2, 1e-4, "weight of the l2 total variation"),
         "l2": Term(L2, 0.0, "weight of the l2 norm of the pixels"),
+        "l2_mean": Term(MeanL2, 0.0, "weight of the mean over images of the l2 norm of their pixels"),
         "bn": Term(BatchNormStatistics, 0.0, "weight of batch-norm statistics of a CNN"),
     },
     options={"bn_source": Option("resnet50", str, "CNN of --bn: a name of torchvision, or NAME=FILE with its weights")},

@@ -3,6 +3,7 @@
 On noise the patches of an image all look alike to a ViT's attention; on real images they do not. The prior maximizes
 how diverse the similarities are: the differential entropy of their density (eqs. 4 to 7 of the paper), and pulls the
 total variation to a level that was drawn for the batch (its code does so, with levels for 32 images of 224 pixels).
+What the two are of is as in the paper's code; `--preset psaq_vit` has its schedule.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
 from utils.cli import rate
-from utils.lazy import F, torch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from models import SparseImages
@@ -25,60 +26,50 @@ TV_VALUES = 32 * 3 * 224 * 224
 
 
 class PatchSimilarityEntropy(Loss):
-    """Minus the sum over blocks of the entropy of the patch similarities, mean over the batch.
+    """Minus the sum over blocks of the entropy of the patch similarities (`similarity_entropy`), mean over the batch.
 
     The similarities of an image are the cosines between what the attention of a block puts out for each two of its kept
-    patches, every pair once. Of attention in windows these take the place of images, those with one token left out.
+    patches, mean over heads. Of attention in windows these take the place of images, and those without a token are left
+    out.
     """
 
-    reads_attended = True
+    reads_inside = True
 
     def __init__(self, context: Context) -> None:
-        self.bandwidth = float(context.options["psaq_bandwidth"])
+        self.bandwidth, self.prefix = float(context.options["psaq_bandwidth"]), context.vit.prefix_tokens
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        output = inputs.output
-        return -sum(self._entropy(precise(x), there) for x, there in zip(output.attended, output.present, strict=True))
+        from inversion.entropy import similarity_entropy
 
-    def _entropy(self, x: Tensor, there: Tensor | None) -> Tensor:
-        """Of the similarities of vectors (B, n, D), mean over B; `there` (B, n): those that count, None for all."""
-        from inversion.entropy import entropy
-
-        if there is None:
-            return entropy(pair_cosines(x), self.bandwidth).mean()
-        pairs = of_pairs(there[:, :, None] & there[:, None]).to(x.dtype)
-        counts = pairs.sum(dim=1)
-        found = entropy(pair_cosines(x), self.bandwidth, pairs / counts.clamp(min=1)[:, None])
-        return (found * (counts > 0)).sum() / (counts > 0).sum().clamp(min=1)
+        total = 0.0
+        for inside in inputs.output.inside:
+            patches = precise(inside.attended[:, self.prefix :]).unflatten(-1, (inside.heads, -1)).mean(dim=2)
+            plain = inputs.canvas is not None and inputs.canvas.plain
+            total = total - similarity_entropy(patches, self.bandwidth, inside.present, plain)
+        return total
 
 
 class TargetedVariation(Loss):
     """|TV - target|: the l2 total variation is pulled to a level in `TV_RANGE`, drawn for each batch.
 
-    A norm of differences grows with the root of how many there are, and so does the target.
+    It is that of what the teacher is fed, jitter included. A norm of differences grows with the root of how many there
+    are, and so does the target.
     """
 
-    def begin(self, earlier: SparseImages | None, generator: torch.Generator) -> None:
+    def begin(self, earlier: SparseImages | None, generator: torch.Generator, images: int) -> None:
+        from utils.lazy import torch
+
         low, high = TV_RANGE
         self.target = low + (high - low) * torch.rand((), generator=generator).item()
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        from inversion.canvas import PatchCanvas
         from inversion.total_variation import total_variation
 
-        scale = math.sqrt(inputs.canvas.pixels.numel() / TV_VALUES)
-        return (total_variation(inputs.canvas, 2) - scale * self.target).abs()
-
-
-def pair_cosines(x: Tensor) -> Tensor:
-    """Vectors (B, n, D) -> cosines of every pair (B, n * (n - 1) / 2)."""
-    unit = F.normalize(x, dim=-1)
-    return of_pairs(unit @ unit.transpose(1, 2))
-
-
-def of_pairs(square: Tensor) -> Tensor:
-    """(B, n, n) -> what is above the diagonal (B, n * (n - 1) / 2)."""
-    rows, cols = torch.triu_indices(*square.shape[1:], offset=1, device=square.device)
-    return square[:, rows, cols]
+        fed = precise(inputs.fed())
+        seen = PatchCanvas(inputs.grid, fed, inputs.seen.positions, inputs.canvas.plain)
+        scale = math.sqrt(fed.numel() / TV_VALUES)
+        return (total_variation(seen, 2) - scale * self.target).abs()
 
 
 PRIOR = Prior(
@@ -86,5 +77,5 @@ PRIOR = Prior(
         "pse": Term(PatchSimilarityEntropy, 1.0, "weight of the entropy of patch similarities, negated"),
         "tvt": Term(TargetedVariation, 0.05, "weight of the distance of the total variation to its target"),
     },
-    options={"psaq_bandwidth": Option(0.05, rate, "width of the density's kernel, in cosines")},
+    options={"psaq_bandwidth": Option(0.01, rate, "width of the density's kernel, in cosines")},
 )

@@ -89,8 +89,7 @@ class TalkingHeadsBlock(SparseBlock):
         scores = self.tap_scores(self._mixed((q * self.scale) @ k.transpose(-2, -1), "before"))
         return self.tap_probs(self._mixed(scores.softmax(dim=-1), "after"))
 
-    def _attention(self, y: Tensor, queries: int | None, where: Tensor | None) -> Tensor:
-        q, k, v = self._qkv(y, queries, where)
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None) -> Tensor:
         return (self._probs(q, k, where) @ v).transpose(1, 2).flatten(2)
 
     def _mixed(self, x: Tensor, when: str) -> Tensor:
@@ -132,9 +131,9 @@ class ClassAttentionBlock(SparseBlock):
         self.q, self.k, self.v, self.cls_token = attn.q, attn.k, attn.v, cls_token
 
     def forward(
-        self, x: Tensor, queries: int | None = None, return_attended: bool = False, where: Tensor | None = None
+        self, x: Tensor, queries: int | None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
-        """As `SparseBlock.forward`; `attended` is never there, as patches put nothing out."""
+        """As `SparseBlock.forward`; `inside` is never there, as patches put nothing out."""
         x = self._joined(x)
         tokens = super().forward(x, 1, False, where).tokens
         return BlockOutput(tokens if queries == 1 else torch.cat([tokens, x[:, 1:queries]], dim=1))

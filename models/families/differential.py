@@ -35,11 +35,6 @@ class DifferentialBlock(SparseBlock):
         """Two for each head of the values."""
         return 2 * self.heads
 
-    def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
-        """As `SparseBlock.attention_weights`, of the difference of the maps: a row sums to 1 - lambda, with signs."""
-        q, k, _ = self._qkv(self.norm1(x), queries, where)
-        return self._difference(self._probs(q, k, where)).mean(dim=1)
-
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
         """As `SparseBlock.flops`; the values are read by both maps."""
         layers, attention = super().flops(tokens, queries)
@@ -61,8 +56,11 @@ class DifferentialBlock(SparseBlock):
         v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.tap_q(self.q_norm(q)), self.tap_k(self.k_norm(k)), self.tap_v(v)
 
-    def _attention(self, y: Tensor, queries: int | None, where: Tensor | None) -> Tensor:
-        q, k, v = self._qkv(y, queries, where)
+    def _maps(self, q: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
+        """As `SparseBlock._maps`, the difference of two: a row sums to 1 - lambda, with signs."""
+        return self._difference(self._probs(q, k, where))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None) -> Tensor:
         if type(self.tap_scores) is type(self.tap_probs) is nn.Identity:
             v = v.repeat_interleave(2, dim=1)
             if self.plain:
@@ -71,7 +69,7 @@ class DifferentialBlock(SparseBlock):
                 out = attention(q, k, v, self.scale)
             out = self._difference(out)
         else:
-            out = self._difference(self._probs(q, k, where)) @ v
+            out = self._maps(q, k, where) @ v
         return out.transpose(1, 2).flatten(2)
 
     def _difference(self, pairs: Tensor) -> Tensor:

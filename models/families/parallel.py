@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from models.blocks import MLP_INPUTS, BlockOutput, SparseBlock, named_layers, part_of_linear
+from models.blocks import MLP_INPUTS, BlockOutput, Inside, SparseBlock, named_layers, part_of_linear
 
 
 class ParallelBlock(SparseBlock):
@@ -38,13 +38,13 @@ class ParallelBlock(SparseBlock):
         return dict.fromkeys(("proj", "mlp.fc2"), ("norm1", "ls1")) if self.normalizes("norm1") else {}
 
     def forward(
-        self, x: Tensor, queries: int | None = None, return_attended: bool = False, where: Tensor | None = None
+        self, x: Tensor, queries: int | None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
         """As `SparseBlock.forward`."""
         y = self.norm1(x)
-        out, attended = self._attended(y, queries, where)
+        out, inside = self._attended(y, queries, where)
         x = self.tap_mlp_sum(x[:, :queries] + self.ls1(self.proj(out) + self.mlp(y[:, :queries])))
-        return BlockOutput(x, attended if return_attended else None)
+        return BlockOutput(x, inside if return_inside else None)
 
     def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
         """As `quant.onnx_graph.Graph` asks for."""
@@ -151,13 +151,13 @@ class BranchedBlock(nn.Module):
         return (*(tap for branch in self.branches for tap in branch.taps()), self.tap_attn_sum, self.tap_mlp_sum)
 
     def forward(
-        self, x: Tensor, queries: int | None = None, return_attended: bool = False, where: Tensor | None = None
+        self, x: Tensor, queries: int | None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
         """As `SparseBlock.forward`."""
-        changes, attended = zip(*(b.attention_change(x, queries, where) for b in self.branches), strict=True)
+        changes, insides = zip(*(b.attention_change(x, queries, where) for b in self.branches), strict=True)
         x = self.tap_attn_sum(x[:, :queries] + sum(changes))
         x = self.tap_mlp_sum(x + sum(branch.mlp_change(x) for branch in self.branches))
-        return BlockOutput(x, torch.cat(attended, dim=-1) if return_attended else None)
+        return BlockOutput(x, self._together(insides) if return_inside else None)
 
     def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
         """As `quant.onnx_graph.Graph` asks for."""
@@ -169,6 +169,15 @@ class BranchedBlock(nn.Module):
         for branch in self.branches:
             rows = graph.op("Add", rows, graph.mlp_change(branch, x))
         return replace(stream, rows=rows, tap=self.tap_mlp_sum, tokens=queries or stream.tokens)
+
+    def _together(self, branches: Sequence[Inside]) -> Inside:
+        """What the branches' attentions compute, as of one that has the heads of all."""
+        attended, queries, keys = (
+            torch.cat([getattr(inside, name) for inside in branches], dim=dim)
+            for name, dim in (("attended", -1), ("queries", 1), ("keys", 1))
+        )
+        weights = lambda first: torch.cat([inside.weights(first) for inside in branches], dim=1)  # noqa: E731
+        return Inside(attended, self.heads, queries, keys, weights)
 
     def attention_weights(self, x: Tensor, queries: int | None = None, where: Tensor | None = None) -> Tensor:
         """As `SparseBlock.attention_weights`, mean over the heads of all branches."""

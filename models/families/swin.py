@@ -22,7 +22,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.blocks import BlockOutput, SparseBlock, plain
+from models.blocks import BlockOutput, Inside, SparseBlock, plain
 from models.families.base import Parts, block_parts
 from models.head import Head
 from models.windows import WindowBias, WindowCut, WindowPlaces, Windows
@@ -104,23 +104,26 @@ class SwinBlock(SparseBlock):
         self,
         x: Tensor,
         queries: int | None = None,
-        return_attended: bool = False,
+        return_inside: bool = False,
         where: tuple[Windows, ...] | None = None,
     ) -> BlockOutput:
-        """As `SparseBlock.forward`; `attended` is by windows."""
+        """As `SparseBlock.forward`; `inside` is by windows."""
         windows = where[self.number]
-        tokens, attended, _ = super().forward(self.merge(x), queries, return_attended, windows)
-        if attended is None:
+        tokens, inside = super().forward(self.merge(x), queries, return_inside, windows)
+        if inside is None:
             return BlockOutput(tokens)
-        return BlockOutput(tokens, windows.of(attended.flatten(0, 1), plain=self.plain), windows.present)
+        attended = windows.of(inside.attended.flatten(0, 1), plain=self.plain)
+        q, k = (x.unflatten(1, (-1, self.heads)).flatten(0, 1) for x in (inside.queries, inside.keys))
+        weights = lambda first: inside.weights(None)[:, :, :first]  # noqa: E731
+        return BlockOutput(tokens, Inside(attended, self.heads, q, k, weights, windows.present))
 
     def attention_weights(
         self, x: Tensor, queries: int | None = None, where: tuple[Windows, ...] | None = None
     ) -> Tensor:
         """Tokens (B, T, D) -> what each patch gives each (B, n, n), mean over heads and the tokens of the former."""
         x, windows = self.merge(x), where[self.number]
-        q, k, _ = self._of_windows(self.norm1(x), windows)
-        weights = self._probs(q, k, windows).mean(dim=1)
+        q, k, _ = self._compared(self.norm1(x), None, windows)
+        weights = self._maps(q, k, windows).mean(dim=1)
         return windows.between_patches(weights, len(x), x.shape[1] // self.cut.side**2)[:, :queries]
 
     def flops(self, tokens: int, queries: int) -> tuple[int, int]:
@@ -191,7 +194,7 @@ class SwinBlock(SparseBlock):
         places = self.cut.area if self.cut.pads else min(self.cut.area, count)
         return min(self.cut.windows, count) * places**2
 
-    def _of_windows(self, y: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    def _compared(self, y: Tensor, queries: int | None, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized tokens (B, T, D) -> queries, keys and values (groups, K * heads, L, head_dim), queries scaled."""
         pads, rows = windows.padding is not None, y.flatten(0, 1)[None]
         q, k, v = self._qkv(F.pad(rows, (0, 0, 0, 1)) if pads else rows, None, None)
@@ -217,9 +220,8 @@ class SwinBlock(SparseBlock):
             scores = (scores.unflatten(0, (windows.groups, -1)) + mask).flatten(0, 1)
         return self.tap_probs(scores.softmax(dim=-1))
 
-    def _attention(self, y: Tensor, queries: int | None, windows: Windows) -> Tensor:
-        """Normalized tokens (B, T, D) -> attention's output (B, T, heads * head_dim)."""
-        q, k, v = self._of_windows(y, windows)
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
+        """Queries, keys and values of windows -> attention's output of tokens (B * T, heads * head_dim)."""
         if type(self.tap_scores) is type(self.tap_probs) is nn.Identity:
             bias = self.position.bias(windows)
             bias = bias if windows.mask is None else bias + windows.mask[:, None].to(bias.dtype)
@@ -231,7 +233,7 @@ class SwinBlock(SparseBlock):
             out = out.unflatten(1, (-1, self.heads)).flatten(0, 1)
         else:
             out = self._probs(q, k, windows) @ v.unflatten(1, (-1, self.heads)).flatten(0, 1)
-        return windows.tokens(out.transpose(1, 2).flatten(2), self.plain).unflatten(0, y.shape[:2])
+        return windows.tokens(out.transpose(1, 2).flatten(2), self.plain)
 
 
 class _Merge(nn.Module):

@@ -134,13 +134,13 @@ class Engine:
         self.canvas = start(inverter.vit.grid, images, inverter.limits, inverter.plain, None).with_patches(positions)
         labels = torch.randint(model.classes, (config.batch_size,), generator=generator)
         targets = distributions(labels, model.classes, config.soft_label).to(device)
-        self.inverter.begin(0, generator)
+        self.inverter.begin(0, generator, config.batch_size)
         self.run = self.inverter.stepper(self.canvas, self.inverter.adam(self.canvas), targets)
         self.flops = config.batch_size * self.inverter.vit.step_flops(positions.shape[1])
 
     def step(self, jitter: Jitter) -> torch.Tensor:
         """Forward, backward, update; what other views than roll and flip draw is drawn here."""
-        views, config = self.inverter.views, self.inverter.config
+        views, config = self.inverter.spans[0].views, self.inverter.config
         drawn = views.draws(config.copies, config.batch_size, self.generator)
         return self.run(self.inverter.on_device([draw._replace(jitter=jitter) for draw in drawn])[0])
 
