@@ -144,7 +144,8 @@ def _is_row(row: object) -> bool:
     if not isinstance(row, dict) or row.get("task") not in tuple(COLUMNS):
         return False
     texts = all(isinstance(row.get(name), str) for name in ("model", "method", COLUMNS[row["task"]]))
-    numbers = is_number(row.get("top1"), float) and is_number(row.get("top1_std") or 0, float)
+    spread = row.get("top1_std", NONE)
+    numbers = is_number(row.get("top1"), float) and (spread is None or is_number(spread, float))
     return texts and numbers and is_number(row.get("val_images", IMAGENET), int)
 
 
