@@ -10,9 +10,9 @@ source "$(dirname "$0")/compared.sh"
 grid=(--methods dense smi --students linear)
 if [ "${1:-}" = --tiny ]; then
     shift
-    compared smi compare_kt "${OUTPUT:-runs/paper_kt_tiny}" "${grid[@]}" --seeds 0 1 2 --epochs 2 --images_per_epoch 50 --inversion-batchsize 50 \
-        --kd_steps 100 --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 --kd_lr_schedule cosine \
-        --augment contrast grey mix shift scatter noise "$@"
+    compared smi compare_kt "${OUTPUT:-runs/paper_kt_tiny}" "${grid[@]}" --seeds 0 1 2 --epochs 2 --images_per_epoch 50 \
+        --inversion-batchsize 50 --kd_steps 100 --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 \
+        --kd_lr_schedule cosine --augment contrast grey mix shift scatter noise "$@"
 else
     required DATASET "a folder with cifar10/ and cifar100/"
     required MODEL_PATH "a folder with the teachers as NAME.pth"
