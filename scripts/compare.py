@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare calibration images: quantize models with the images of every method, at each width and seed.
 
-Methods are baselines (real images, noise) and every prior with every strategy. Finished cells are kept in
+Methods are baselines (real images, noise) and pairs of a prior and a strategy. Finished cells are kept in
 OUTPUT/rows.jsonl and not computed again. OUTPUT gets results.csv, summary.json, accuracy.png, images.png, report.html.
 """
 

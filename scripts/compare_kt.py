@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare what students learn from the images of every method: runs of test_kt.py, in one table.
 
-Methods are baselines (real images, noise) and every prior with every strategy. Each cell is a run in
+Methods are baselines (real images, noise) and pairs of a prior and a strategy. Each cell is a run in
 OUTPUT/MODEL-METHOD-STUDENT-sSEED and goes on where it was stopped. OUTPUT gets results.csv, summary.json,
 accuracy.png, images.png and report.html.
 """

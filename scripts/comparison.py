@@ -8,12 +8,12 @@ import itertools
 import json
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inversion import PRIORS, STRATEGIES
+from inversion import PRESETS, PRIORS, STRATEGIES
 from models import DEFAULT_MODEL
 from models.config import short_name
 from utils.cli import Parser, any_seed
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BASELINES = {"real": 2, "gaussian": 1}
 UNSCHEDULED = ("dense", "pri")
+SCHEDULE = {"prune_it": [50, 100, 200, 300], "prune_ratio": [0.3] * 4}
+"""Of strategies that have a schedule, where neither flags nor a preset give one."""
 VARIES = "is what this script varies; see --help"
 # Flags of the tasks that a grid has no place for, and why.
 REFUSED = dict.fromkeys(("--model", "--mode", "--images", "--seed", "--prior", "--strategy", "--output"), VARIES)
@@ -54,11 +56,14 @@ def grid_parser(about: str, task: str, seed: int, output: str) -> Parser:
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", default=[DEFAULT_MODEL], help="models, as for --model")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="images that are not inverted")
-    add("--priors", nargs="*", choices=PRIORS, default=["deepinversion"], help="priors, each with every strategy")
-    add("--strategies", nargs="*", choices=STRATEGIES, default=["dense", "smi"], help="strategies")
-    schedule = {"nargs": "+", "help": "schedule of those that have one"}
-    add("--prune_it", type=int, metavar="T", default=[50, 100, 200, 300], **schedule)
-    add("--prune_ratio", type=float, metavar="R", default=[0.3] * 4, **schedule | {"help": "shares stopped on it"})
+    add("--priors", nargs="*", choices=PRIORS, help="priors, each with every strategy; default deepinversion")
+    add("--strategies", nargs="*", choices=STRATEGIES, help="strategies; default dense smi")
+    pairs = "instead of both: these alone, PRIOR-STRATEGY, or STRATEGY for the prior deepinversion, as psaq-dense smi"
+    add("--methods", nargs="*", metavar="NAME", help=pairs)
+    about = "schedule of strategies that have one, iterations; default a preset's, else 50 100 200 300"
+    add("--prune_it", type=int, nargs="+", metavar="T", help=about)
+    about = "shares stopped on it; default a preset's, else 0.3 0.3 0.3 0.3"
+    add("--prune_ratio", type=float, nargs="+", metavar="R", help=about)
     add("--seeds", nargs="+", type=any_seed, default=[seed], help="seeds; the table has their mean")
     add(
         "--with",
@@ -67,7 +72,7 @@ def grid_parser(about: str, task: str, seed: int, output: str) -> Parser:
         action="append",
         metavar=("NAME", "FLAGS"),
         default=[],
-        help='further flags of one prior or strategy, such as --with psaq "--tvt 0.01"',
+        help='further flags of one prior or strategy, such as --with psaq "--preset psaq_vit"; may be given again',
     )
     add("--output", metavar="DIR", default=output, help="where everything goes")
     return parser
@@ -78,6 +83,10 @@ def variants(
 ) -> Iterator[tuple[Method, argparse.Namespace]]:
     """Every method for every model and seed of a `grid_parser`, with what `parser` gives for it.
 
+    Prior and strategy are those that a method is named for, whatever a preset says, but for the priors that a preset
+    adds to the one whose `--with` asks for it. All other flags win over a preset, those of `--with` over the common
+    ones, those of a strategy over those of a prior.
+
     Args:
         args: what the `grid_parser` gave.
         others: flags of the task, the same for all.
@@ -87,27 +96,79 @@ def variants(
     Raises:
         UserError: a flag that is not to be had, or names something that is not compared.
     """
-    extra = {name: further_flags(f"--with {name}", flags) for name, flags in args.extra}
-    unknown = extra.keys() - {*args.priors, *args.strategies}
+    extra: dict[str, list[str]] = {}
+    for name, flags in args.extra:
+        extra.setdefault(name, []).extend(further_flags(f"--with {name}", flags))
+    inverted = inverted_methods(args.methods, args.priors, args.strategies)
+    unknown = extra.keys() - {name for method in inverted for name in (method.prior, method.strategy)}
     if unknown:
-        raise UserError(f"--with {sorted(unknown)[0]}: that is neither among --priors nor among --strategies")
+        raise UserError(f"--with {sorted(unknown)[0]}: no prior and no strategy that is compared is called so")
     for flags in (others, *extra.values()):
         refuse_flags(flags, refused)
-    inverted = [Method(prior, strategy) for prior in args.priors for strategy in args.strategies]
     methods = [*(Method(None, name) for name in args.baselines), *inverted]
     if not methods:
-        raise UserError("nothing to compare: give --baselines, or --priors and --strategies")
+        raise UserError("nothing to compare: give --baselines, --methods, or --priors and --strategies")
     common = vars(parser.parse_args(others)) | {"command": args.command}
     for model, seed, method in itertools.product(args.models, args.seeds, methods):
         chosen = argparse.Namespace(**common | {"model": model, "seed": seed})
         if method.prior is None:
             chosen.mode = BASELINES[method.strategy]
         else:
-            chosen.prior, chosen.strategy = [method.prior], method.strategy
-            if method.strategy not in UNSCHEDULED:
-                chosen.prune_it, chosen.prune_ratio = args.prune_it, args.prune_ratio
-            parser.parse_args([*extra.get(method.prior, []), *extra.get(method.strategy, [])], chosen)
+            of_prior, of_strategy = extra.get(method.prior, []), extra.get(method.strategy, [])
+            chosen.prior, chosen.strategy = priors_of(method, parser.parse_args(of_prior).preset), method.strategy
+            parser.parse_args([*of_prior, *of_strategy], chosen)
+            for name, value in schedule_of(method, chosen.preset, args.prune_it, args.prune_ratio).items():
+                if getattr(chosen, name) is None:
+                    setattr(chosen, name, value)
         yield method, chosen
+
+
+def inverted_methods(
+    names: Sequence[str] | None, priors: Sequence[str] | None, strategies: Sequence[str] | None
+) -> list[Method]:
+    """The methods of these names, or every prior with every strategy; None: not given.
+
+    Raises:
+        UserError: an unknown name, or names beside priors or strategies.
+    """
+    if names is None:
+        priors = ["deepinversion"] if priors is None else priors
+        return crossed(priors, ["dense", "smi"] if strategies is None else strategies)
+    for flag, given in (("--priors", priors), ("--strategies", strategies)):
+        if given is not None:
+            raise UserError(f"--methods says what is compared, and so does {flag}; leave one of them out")
+    known = {method.name: method for method in crossed(PRIORS, STRATEGIES)}
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--methods {name} is unknown; there are {', '.join(STRATEGIES)} for the prior deepinversion, "
+                f"and PRIOR-STRATEGY for {', '.join(prior for prior in PRIORS if prior != 'deepinversion')}"
+            )
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def crossed(priors: Iterable[str], strategies: Iterable[str]) -> list[Method]:
+    """Every prior with every strategy."""
+    return [Method(prior, strategy) for prior, strategy in itertools.product(priors, strategies)]
+
+
+def priors_of(method: Method, preset: str | None) -> list[str]:
+    """What its images are asked to be: its prior, with those that this preset of the prior's has beside it."""
+    beside = PRESETS.get(preset, {}).get("prior", [])
+    return list(beside) if method.prior in beside else [method.prior]
+
+
+def schedule_of(
+    method: Method, preset: str | None, prune_it: list[int] | None, prune_ratio: list[float] | None
+) -> dict[str, list]:
+    """`prune_it` and `prune_ratio` of a method: those given, else those that are not left to its preset."""
+    if method.strategy in UNSCHEDULED:
+        return {}
+    found = {"prune_it": prune_it, "prune_ratio": prune_ratio}
+    given = {name: value for name, value in found.items() if value is not None}
+    of_preset = PRESETS.get(preset, {})
+    left = "prune_it" in of_preset or of_preset.get("strategy") == method.strategy
+    return given if left and prune_it is None else SCHEDULE | given
 
 
 def further_flags(flag: str, text: str) -> list[str]:

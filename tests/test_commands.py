@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import test_quant
+from inversion import InversionConfig
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
 from scripts import compare, compare_kt
@@ -349,6 +350,68 @@ def test_compare_refuses_what_it_varies_and_flags_of_nothing(tmp_path):
             compare_kt.main([*flags, "--output", str(tmp_path)])
     with pytest.raises(UserError, match="--save is not for this script"):
         missing_patches.main(["--patches", "4", "--save", str(tmp_path / "saved")])
+
+
+def compared(script, *flags: str) -> dict[str, InversionConfig]:
+    """How the images of each inverted method of a comparison are made."""
+    parser = compare.quant_grid_parser() if script is compare else compare_kt.transfer_grid_parser()
+    cells = script.cells_of(*parser.parse_known_args(["--baselines", *flags]))
+    return {cell.method.name: cell.task.images.config for cell in cells}
+
+
+def of_preset(name: str) -> InversionConfig:
+    return quant_task(quant_parser("").parse_args(["--preset", name])).images.config
+
+
+@pytest.mark.parametrize("script", [compare, compare_kt])
+def test_pairs_are_compared_by_their_names(script):
+    found = compared(script, "--methods", "psaq-dense", "smi", "cmi-pri", "smi")
+    assert list(found) == ["psaq-dense", "smi", "cmi-pri"]
+    assert [config.strategy for config in found.values()] == ["dense", "smi", "pri"]
+    assert ["pse" in config.weights for config in found.values()] == [True, False, False]
+    for flags, why in (
+        (["psaq-nose"], "--methods psaq-nose is unknown; there are dense, smi.* PRIOR-STRATEGY for psaq"),
+        (["psaq"], "--methods psaq is unknown"),
+        (["smi", "--priors", "psaq"], "--methods.*--priors; leave one"),
+        (["smi", "--strategies"], "--methods.*--strategies; leave one"),
+        (["smi", "--with", "psaq", "--tvt 1"], "--with psaq: no prior and no strategy"),
+    ):
+        with pytest.raises(UserError, match=why):
+            compared(script, "--methods", *flags)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "preset"),
+    [
+        ("psaq-dense", "psaq", "psaq_vit"),
+        ("smi", "smi", "smi"),
+        ("smi", "deepinversion", "quantize"),
+        ("dense", "deepinversion", "deepinversion"),
+        ("cmi-dense", "cmi", "cmi"),
+    ],
+)
+def test_a_preset_of_one_prior_or_strategy_is_what_it_is_alone(method, name, preset):
+    found = compared(compare, "--methods", method, "random", "--with", name, f"--preset {preset}")
+    assert found[method].settings() == of_preset(preset).settings() | {"dtype": found[method].dtype}
+    if name != "deepinversion":
+        assert found["random"] == compared(compare, "--methods", "random")["random"]
+
+
+def test_a_method_is_what_it_is_named_for_whatever_a_preset_says():
+    (found,) = compared(compare, "--methods", "psaq-smi", "--with", "psaq", "--preset psaq_vit").values()
+    assert (found.strategy, found.prune_it, found.betas, found.warmup) == ("smi", (50, 100, 200, 300), (0.5, 0.9), 100)
+    (found,) = compared(compare, "--methods", "psaq-dense", "--with", "psaq", "--preset smi").values()
+    assert (found.strategy, "pse" in found.weights, "tv2" in found.weights) == ("dense", True, False)
+
+
+def test_flags_win_over_a_preset_and_those_of_one_method_over_common_ones():
+    flags = ["--methods", "psaq-dense", "smi", "--iterations", "400", "--lr_g", "0.1", "--preset", "quantize"]
+    flags += ["--with", "psaq", "--preset psaq_vit --warmup 9", "--with", "psaq", "--lr_g 0.3", "--prune_it", "5", "9"]
+    found = compared(compare, *flags, "--prune_ratio", "0.5", "0.4")
+    assert [(config.iterations, config.warmup) for config in found.values()] == [(400, 9), (400, 0)]
+    assert [config.lr for config in found.values()] == [0.3, 0.1]
+    assert (found["smi"].init, found["smi"].prune_it, found["smi"].prune_ratio) == ("pink", (5, 9), (0.5, 0.4))
+    assert found["psaq-dense"].init == "white"
 
 
 def test_a_line_that_a_kill_cut_off_costs_one_cell_and_is_taken_away(tmp_path):

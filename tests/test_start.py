@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from utils.errors import UserError, UserNote, run_main
 
 SCRIPTS = ["test_quant.py", "test_kt.py", "scripts/compare.py", "scripts/compare_kt.py", "scripts/train_teacher.py"]
+SCRIPTS += ["scripts/paper/published.py"]
 HEAVY = {"torch", "timm", "torchvision", "numpy", "PIL", "matplotlib", "jinja2", "sklearn", "tqdm", "onnx"}
 COMMAND_LINES = """
 import contextlib, io, runpy, sys

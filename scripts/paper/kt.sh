@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The knowledge-transfer tables: DeiT-Tiny and DeiT-Base on CIFAR-10 and CIFAR-100, dense, SMI and PRI inversion.
+# SMI's transfer table (Hu et al., ICML 2024): linear students of DeiT-Tiny and DeiT-Base on CIFAR-10 and CIFAR-100, taught with
+# real images, noise, dense inversion and SMI. Nothing is quantized.
 #   DATASET=/data/cifar MODEL_PATH=/data/teachers bash scripts/paper/kt.sh [flags of compare_kt.py]
 # DATASET: folder with cifar10/ and cifar100/, image folders or torchvision's roots. MODEL_PATH: folder with NAME.pth.
-#   bash scripts/paper/kt.sh --tiny        # the same grid on the bundled pair, in minutes
+# OUTPUT: the folder that everything goes to.
+#   bash scripts/paper/kt.sh --tiny        # the same on the bundled pair, in minutes
 set -euo pipefail
-source "$(dirname "$0")/../environment.sh" requirements.txt
-grid=(--strategies dense smi pri --students linear)
+source "$(dirname "$0")/compared.sh"
+grid=(--methods dense smi --students linear)
 if [ "${1:-}" = --tiny ]; then
     shift
-    .venv/bin/python scripts/compare_kt.py "${grid[@]}" --seeds 0 1 2 --epochs 4 --images_per_epoch 100 --kd_steps 100 \
-        --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 --kd_lr_schedule cosine --augment contrast grey mix shift scatter noise \
-        --datapool runs/paper_kt_tiny/datapool --output runs/paper_kt_tiny "$@"
+    compared smi compare_kt "${OUTPUT:-runs/paper_kt_tiny}" "${grid[@]}" --seeds 0 1 2 --epochs 2 --images_per_epoch 50 \
+        --inversion-batchsize 50 --kd_steps 100 --iterations 100 --tv2 0.01 --no-flip --prune_it 4 8 12 16 \
+        --kd_lr_schedule cosine --augment contrast grey mix shift scatter noise "$@"
 else
-    : "${DATASET:?give DATASET=, a folder with cifar10/ and cifar100/ (or --tiny)}"
-    : "${MODEL_PATH:?give MODEL_PATH=, a folder with the teachers as NAME.pth}"
+    required DATASET "a folder with cifar10/ and cifar100/"
+    required MODEL_PATH "a folder with the teachers as NAME.pth"
     for data in cifar10 cifar100; do
-        .venv/bin/python scripts/compare_kt.py "${grid[@]}" --models deit_tiny_16_$data deit_base_16_$data \
-            --dataset "$DATASET/$data" --model_path "$MODEL_PATH" --epochs 1000 --eval_every 50 \
-            --datapool runs/paper_kt/datapool --output runs/paper_kt/$data "$@"
+        compared smi compare_kt "${OUTPUT:-runs/paper_kt}/$data" "${grid[@]}" --models deit_tiny_16_$data deit_base_16_$data \
+            --dataset "$DATASET/$data" --model_path "$MODEL_PATH" --epochs 1000 --eval_every 50 "$@"
     done
 fi

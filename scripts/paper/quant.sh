@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# The quantization tables: DeiT-Tiny and DeiT-Base calibrated with noise, real images, and dense, SMI and PRI inversion.
+# SMI's quantization table (Hu et al., ICML 2024): DeiT-Tiny and DeiT-Base at W8/A8 and W4/A8, calibrated with real images,
+# noise, PSAQ-ViT's images, dense inversion and SMI. The quantizer is SMI's and PSAQ-ViT's own, --observer published.
 #   DATASET=/data/imagenet bash scripts/paper/quant.sh [flags of compare.py]
 # DATASET: image folder with train/ and val/. MODEL_PATH: folder with NAME.pth; without it timm downloads the weights.
-#   bash scripts/paper/quant.sh --tiny     # the same grid on the bundled model, in minutes
+# OUTPUT: the folder that everything goes to.
+#   bash scripts/paper/quant.sh --tiny     # the same on the bundled model, in minutes
 set -euo pipefail
-source "$(dirname "$0")/../environment.sh" requirements.txt
+source "$(dirname "$0")/compared.sh"
+grid=(--bits 8/8 4/8 --observer published --methods psaq-dense dense smi --with psaq "--preset psaq_vit")
 if [ "${1:-}" = --tiny ]; then
     shift
-    what=(--iterations 300 --tv2 0.02 --prune_it 30 60 120 180 --seeds 0 1 2 --datapool runs/paper_quant_tiny/datapool --output runs/paper_quant_tiny)
+    output=${OUTPUT:-runs/paper_quant_tiny}
+    what=(--iterations 150 --prune_it 15 30 45 60 --seeds 0 1 2 --with psaq "--warmup 30" --with deepinversion "--tv2 0.02")
 else
-    : "${DATASET:?give DATASET=, a folder with train/ and val/ of ImageNet (or --tiny)}"
-    what=(--models deit_tiny_16_imagenet deit_base_16_imagenet --dataset "$DATASET"
-        --datapool runs/paper_quant/datapool --output runs/paper_quant)
-    [ -z "${MODEL_PATH:-}" ] || what+=(--model_path "$MODEL_PATH")
+    required DATASET "a folder with train/ and val/ of ImageNet"
+    output=${OUTPUT:-runs/paper_quant}
+    what=(--models deit_tiny_16_imagenet deit_base_16_imagenet --dataset "$DATASET" ${MODEL_PATH:+--model_path "$MODEL_PATH"})
 fi
-.venv/bin/python scripts/compare.py --bits 8/8 4/8 --strategies dense smi pri "${what[@]}" "$@"
+compared smi compare "$output" "${grid[@]}" "${what[@]}" "$@"
