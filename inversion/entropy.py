@@ -12,7 +12,7 @@ POINTS = 10
 """Where the density is evaluated, from the smallest to the largest cosine of the batch (PSAQ-ViT's code)."""
 FLOOR = 1e-4
 """What is added to the density (the same)."""
-AT_ONCE = 2**17
+AT_ONCE = 2**18
 """Kernel values that are computed together: so many fit a core's cache."""
 
 

@@ -27,16 +27,14 @@ def unlike(queries: Tensor, keys: Tensor, there: Tensor | None = None, plain: bo
     low, high, mean, cov = scores(queries, keys, there)
     span = (high - low).clamp(min=SMALLEST)
     mean, cov = (mean - low) / span, cov / (span[..., None] * span[..., None, :])
-    heads = mean.shape[-1]
-    first, second = torch.triu_indices(heads, heads, 1, device=mean.device)
-    variance = cov.diagonal(dim1=-2, dim2=-1)
-    one, other = mean[..., first], mean[..., second]
-    above = (2 * one * other + C1) * (2 * cov[..., first, second] + C2)
-    below = (one.square() + other.square() + C1) * (variance[..., first] + variance[..., second] + C2)
-    found = 1 - (above / below).square()
+    squares, variance = mean.square(), cov.diagonal(dim1=-2, dim2=-1)
+    above = (2 * mean[..., None] * mean[..., None, :] + C1) * (2 * cov + C2)
+    below = (squares[..., None] + squares[..., None, :] + C1) * (variance[..., None] + variance[..., None, :] + C2)
+    # Every pair is there twice; a head with itself, whose similarity is 1, adds nothing.
+    found, pairs = (1 - (above / below).square()).flatten(2).sum(dim=2), mean.shape[-1] * (mean.shape[-1] - 1)
     if there is None:
-        return found.mean()
-    return (found.mean(dim=-1) * there).sum() / there.sum().clamp(min=1)
+        return found.mean() / pairs
+    return (found * there).sum() / (there.sum().clamp(min=1) * pairs)
 
 
 def _plain_moments(queries: Tensor, keys: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -152,17 +152,19 @@ class SparseBlock(nn.Module):
         Args:
             x: tokens (B, T, D).
             queries: compute only the first Q tokens of the output; all of them if None.
-            return_inside: whether what the attention computes is wanted as well, of all tokens (`queries` is None).
+            return_inside: whether what the attention computes is wanted as well, of all tokens.
             where: what `SparseViT.where` says of their positions.
         """
-        change, inside = self.attention_change(x, queries, where)
+        change, inside = self.attention_change(x, queries, where, return_inside)
         x = self.tap_attn_sum(x[:, :queries] + change)
         x = self.tap_mlp_sum(x + self.mlp_change(x))
-        return BlockOutput(x, inside if return_inside else None)
+        return BlockOutput(x, inside)
 
-    def attention_change(self, x: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Inside | None]:
-        """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and what it computes if that is all."""
-        out, inside = self._attended(self.norm1(x), queries, where)
+    def attention_change(
+        self, x: Tensor, queries: int | None, where: Tensor | None, return_inside: bool = False
+    ) -> tuple[Tensor, Inside | None]:
+        """Tokens (B, T, D) -> what the attention adds to the first Q (B, Q, D), and what it computes, if asked for."""
+        out, inside = self._attended(self.norm1(x), queries, where, return_inside)
         return self.ls1(self.tap_proj(self.proj(out))), inside
 
     def mlp_change(self, x: Tensor) -> Tensor:
@@ -199,17 +201,20 @@ class SparseBlock(nn.Module):
         of_pairs = self.score_heads * tokens * (pairs + self.position.biases)
         return tokens * (5 * self.proj.out_features + self.hidden + of_pairs)
 
-    def _attended(self, y: Tensor, queries: int | None, where: Tensor | None) -> tuple[Tensor, Inside | None]:
-        """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and on what way, if that is all."""
+    def _attended(
+        self, y: Tensor, queries: int | None, where: Tensor | None, return_inside: bool
+    ) -> tuple[Tensor, Inside | None]:
+        """Normalized tokens (B, T, D) -> what the projection reads (B, Q, D), and what was computed on the way."""
         inside = None
-        if queries is not None and self._folds():
+        if queries is not None and not return_inside and self._folds():
             out = self.attn_norm(self._attention_of_few(y, queries))
         else:
-            q, k, v = self._compared(y, queries, where)
+            q, k, v = self._compared(y, None if return_inside else queries, where)
             out = self._attention(q, k, v, where)
             out = self.attn_norm(out.view(len(y), -1, out.shape[-1]))
-            if queries is None:
+            if return_inside:
                 inside = Inside(out, self.heads, q, k, lambda first: self._maps(q[:, :, :first], k, where))
+                out = out[:, :queries]
         if self.gate is not None:
             out = out * self.gate(y[:, :queries]).sigmoid()
         return out, inside

@@ -149,7 +149,7 @@ class SparseViT(nn.Module):
             return_tokens: also return the patches' tokens.
         """
         x, found, where = self.embed(patches, positions, mirrored), [], self.where(positions)
-        few = None if return_inside or return_tokens else self.last_queries
+        few = None if return_tokens else self.last_queries
         for block in self.blocks:
             x, inside = block(x, few if block is self.blocks[-1] else None, return_inside, where)
             if inside is not None:

@@ -42,9 +42,9 @@ class ParallelBlock(SparseBlock):
     ) -> BlockOutput:
         """As `SparseBlock.forward`."""
         y = self.norm1(x)
-        out, inside = self._attended(y, queries, where)
+        out, inside = self._attended(y, queries, where, return_inside)
         x = self.tap_mlp_sum(x[:, :queries] + self.ls1(self.proj(out) + self.mlp(y[:, :queries])))
-        return BlockOutput(x, inside if return_inside else None)
+        return BlockOutput(x, inside)
 
     def write(self, graph: Any, stream: Any, queries: int | None, where: Any) -> Any:
         """As `quant.onnx_graph.Graph` asks for."""
@@ -154,7 +154,9 @@ class BranchedBlock(nn.Module):
         self, x: Tensor, queries: int | None = None, return_inside: bool = False, where: Tensor | None = None
     ) -> BlockOutput:
         """As `SparseBlock.forward`."""
-        changes, insides = zip(*(b.attention_change(x, queries, where) for b in self.branches), strict=True)
+        changes, insides = zip(
+            *(b.attention_change(x, queries, where, return_inside) for b in self.branches), strict=True
+        )
         x = self.tap_attn_sum(x[:, :queries] + sum(changes))
         x = self.tap_mlp_sum(x + sum(branch.mlp_change(x) for branch in self.branches))
         return BlockOutput(x, self._together(insides) if return_inside else None)

@@ -91,7 +91,7 @@ class Reference:
         rolled = torch.roll(self.images, (jitter.dy, jitter.dx), dims=(2, 3))
         rolled = rolled.flip(3) if jitter.flip else rolled
         logits = self._logits(rolled.to(self.dtype)).float()
-        loss = F.cross_entropy(logits, self.labels) + self.config.weights["tv2"] * self._tv()
+        loss = F.cross_entropy(logits, self.labels) + self.config.weights.get("tv2", 0.0) * self._tv()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
