@@ -40,6 +40,19 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def lively(vit: nn.Module) -> nn.Module:
+    """Itself, with weights such that patches and images differ in what it makes of them."""
+    generator = seeded(3)
+    with torch.no_grad():
+        for module in vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+            if isinstance(module, nn.LayerNorm):
+                module.bias.normal_(0, 0.1, generator=generator)
+    return vit
+
+
 def half_cosine(step: int, steps: int, high: float, low: float = 0.0) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -94,6 +107,7 @@ class Watched:
 
     def __init__(self, config: InversionConfig) -> None:
         self.model = tiny_model()
+        lively(self.model.vit)
         self.inverter = Inverter(self.model, config, CPU, eager=True)
         self.jitters: list[Jitter] = []
         step = self.inverter._step
@@ -291,6 +305,7 @@ def test_negatives_are_the_last_images_of_a_bank_of_40960():
     """By the features that timm's classifier reads, with the positive in the denominator."""
     assert configured("cmi").options["cmi_bank"] == 40960
     model = tiny_model()
+    lively(model.vit)
     config = InversionConfig(weights={"cr": 1.0}, options={"cmi_bank": 4, "cmi_temperature": 0.3}, batch_size=3)
     inverter = Inverter(model, config, CPU)
     ((_, term),) = inverter.losses
@@ -404,7 +419,7 @@ def test_fisher_looks_at_five_evenly_spaced_moments(steps):
 
 def test_fisher_sees_the_block_behind_those_that_are_quantized(monkeypatch):
     """Its gradients are of the divergence of the logits at temperature 20, by timm's own blocks behind the output."""
-    vit, seen = tiny_vit(), []
+    vit, seen = lively(tiny_vit()), []
 
     class Watching(Fisher):
         def look(self, progress, outputs):
@@ -425,7 +440,7 @@ def test_fisher_sees_the_block_behind_those_that_are_quantized(monkeypatch):
     found = vit.head(vit.norm(vit.blocks[1](leaf))[:, 0]) / 20
     p, q = wanted.softmax(1), found.softmax(1)
     gradient = torch.autograd.grad((p * (p.log() - q.log())).sum(), leaf)[0].abs().mean(dim=0)
-    torch.testing.assert_close(loss.gradients[0], gradient.flatten(), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(loss.gradients[0], gradient.flatten(), rtol=1e-3, atol=1e-5 * gradient.max().item())
 
 
 def test_rounding_is_free_for_a_fifth_of_the_steps_then_decided_by_a_falling_exponent(monkeypatch):
