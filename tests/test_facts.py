@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms import functional
 
 from inversion import InversionConfig, Inverter, configured
 from inversion.canvas import Jitter, PatchCanvas
@@ -20,7 +21,7 @@ from inversion.priors.deepinversion import MeanL2
 from inversion.priors.psaq import TargetedVariation
 from inversion.priors.sardfq import spots
 from inversion.views import Seen, Views
-from models import PatchGrid, SparseImages, SparseViT
+from models import PatchGrid, SparseImages, SparseViT, load_model
 from quant import QuantConfig, quantize, reconstruction
 from quant.calibration import calibrated
 from quant.losses import LOSSES, Fisher, Global
@@ -168,6 +169,16 @@ def test_black_pixels_of_files_stay_black(tmp_path):
     for channel, (mean, deviation) in enumerate(zip((0.48, 0.45, 0.41), (0.23, 0.22, 0.21), strict=True)):
         torch.testing.assert_close(image[channel, :, :12], torch.full((32, 12), -mean / deviation))
         torch.testing.assert_close(image[channel, :, 20:], torch.full((32, 12), (1 - mean) / deviation))
+
+
+@pytest.mark.parametrize("size", [(320, 480), (600, 300)])
+def test_images_of_the_cifar_teachers_have_256_on_their_shorter_side_and_are_cropped_to_224(size):
+    """Bicubic, from the centre."""
+    how = load_model("deit_tiny_16_cifar10", random_weights=True).preprocessing
+    image = Image.fromarray(torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=seeded()).numpy())
+    plain = functional.resize(image, 256, functional.InterpolationMode.BICUBIC)
+    plain = functional.to_tensor(functional.center_crop(plain, 224))
+    torch.testing.assert_close(how.denormalize(how.eval_transform()(image)), plain, rtol=0, atol=2 / 255)
 
 
 # PSAQ-ViT
@@ -504,6 +515,10 @@ def test_a_layer_norm_turns_with_what_it_reads():
     """LN(Q x) = Q LN(x) for an orthogonal Q that leaves the vector of ones where it is."""
     turned = orthogonal(24, seeded(), fixed=True)
     x = 3 + torch.randn(50, 24, dtype=torch.float64, generator=seeded())
-    norm = lambda y: (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+
+    def norm(y: torch.Tensor) -> torch.Tensor:
+        centred = y - y.mean(dim=1, keepdim=True)
+        return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+
     torch.testing.assert_close(norm(x @ turned.T), norm(x) @ turned.T)
     assert (turned - torch.eye(24)).abs().max() > 0.1
