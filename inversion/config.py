@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_WEIGHTS = {"oh": 1.0, "tv1": 0.0, "tv2": 1e-4, "l2": 0.0}
 DEFAULT_VIEWS = ("roll", "flip")
-LR_SCHEDULES = ("constant", "cosine")
+LR_SCHEDULES = ("constant", "cosine", "phases")
 TIMES = {"type": int, "nargs": "+", "metavar": "T"}
 DIVISION = Number(int, 2, 2**31 - 1, "32 bits")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,12 +51,15 @@ class InversionConfig:
     betas: tuple[float, float] = setting((0.5, 0.99), "Adam's averaging", type=float, nargs=2, metavar="B")
     lr_schedule: str | None = setting(
         None,
-        f"cosine falls to --lr_end at the end of each phase; default {_of_canvases('lr_schedule')}",
+        f"cosine falls to --lr_end at the end, phases in each phase; default {_of_canvases('lr_schedule')}",
         choices=LR_SCHEDULES,
     )
     lr_end: float = setting(0.0, "learning rate at the end of a cosine", type=weight)
     warmup: int = setting(
-        0, "first iterations of each phase, in which the learning rate rises from 0", type=natural, metavar="N"
+        0,
+        "iterations in which the learning rate rises from 0, of a phase where it falls in each",
+        type=natural,
+        metavar="N",
     )
     phases: tuple[str, ...] = setting(
         (),
@@ -133,9 +136,10 @@ class InversionConfig:
         object.__setattr__(self, "phases", tuple(phase.text() for phase in phases))
         for phase in phases:
             phase.views(self.views)
-        shortest = min(stop - start for start, stop in self.spans())
+        falls = self._falls()
+        shortest = min(stop - start for start, stop in falls)
         if self.warmup >= shortest:
-            what = "the iterations of the shortest phase" if phases else "the iterations"
+            what = "the iterations of the shortest phase" if len(falls) > 1 else "the iterations"
             raise UserError(f"--warmup {self.warmup} is not in [0, {shortest}), {what}")
         if self.lr_end > self.lr:
             raise UserError(f"--lr_end {self.lr_end} is above --lr_g {self.lr}")
@@ -201,7 +205,7 @@ class InversionConfig:
 
     def lr_at(self, iteration: int) -> float:
         """The learning rate of a 0-based iteration."""
-        start, stop = next(span for span in self.spans() if iteration < span[1])
+        start, stop = next(span for span in self._falls() if iteration < span[1])
         if iteration - start < self.warmup:
             return self.lr * (iteration - start + 1) / self.warmup
         if self.lr_schedule == "constant":
@@ -216,6 +220,11 @@ class InversionConfig:
     def spans(self) -> list[tuple[int, int]]:
         """The iterations `start` .. `stop - 1` of each of them."""
         return spans(self.phase_list(), self.iterations)
+
+    def _falls(self) -> list[tuple[int, int]]:
+        """The iterations in which the learning rate has its course, once or in every phase."""
+        found = [(start, stop) for start, stop in self.spans() if start < stop]
+        return found if self.lr_schedule == "phases" else [(0, self.iterations)]
 
     def settings(self) -> dict:
         """The configuration as JSON holds it; two that mean the same are equal."""

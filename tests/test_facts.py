@@ -324,8 +324,8 @@ def test_negatives_are_the_last_images_of_a_bank_of_40960():
     term.begin(SparseImages.whole(GRID, pixels[:9], torch.zeros(9)), seeded(), 3)
     canvas = PatchCanvas(GRID, GRID.patchify(pixels[9:]), GRID.all_positions(3).contiguous())
     seen = Seen(canvas.pixels.detach(), canvas.positions)
-    # All of the image is a part of it, and mirrored as the whole is not.
-    numbers = torch.tensor([1.0, 0.0, 0.0]).expand(3, 3)
+    # All of the image is a part of it, and mirrored.
+    numbers = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(3, 4)
     found = term(LossInputs(inverter.vit(*seen), None, canvas, seen, GRID, numbers))
 
     def unit(images: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ INVERSIONS = [
     *({"canvas": name, **SCHEDULE} for name in CANVASES),
     *({"views": (name,), **SCHEDULE} for name in VIEWS),
     {"views": tuple(VIEWS), "canvas": "spectral", "copies": 2},
-    {"strategy": "grow", "canvas": "spectral", "iterations": 14, "lr_schedule": "cosine", "phases": ("1",) * 7},
+    {"strategy": "grow", "canvas": "spectral", "iterations": 14, "lr_schedule": "phases", "phases": ("1",) * 7},
     {"strategy": "grow", "iterations": 14},
     {"phases": ("1:coarse=2", "1:fresh=1,roll.share=0.25"), "lr_end": 0.01, "soft_logits": 5.0},
     {"projections": ("lowpass:every=1",), "lr_schedule": "cosine", "warmup": 1, **SCHEDULE},

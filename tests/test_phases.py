@@ -24,8 +24,13 @@ def test_shares_are_cut_exactly():
     assert spans([Phase(2), Phase(1)], 3000) == [(0, 2000), (2000, 3000)]
     assert spans([Phase(1)] * 7, 10) == [(10 * k // 7, 10 * (k + 1) // 7) for k in range(7)]
     assert spans([Phase(0.1), Phase(0.2)], 3) == [(0, 1), (1, 3)]  # as decimals, not as floats
-    with pytest.raises(UserError, match="has none of 1 iterations"):
-        spans([Phase(1), Phase(1)], 1)
+    assert spans([Phase(1)] * 3, 2) == [(0, 0), (0, 1), (1, 2)]
+
+
+def test_more_phases_than_iterations_leave_some_out():
+    config = InversionConfig(iterations=2, lr=0.5, lr_schedule="phases", phases=("1:coarse=2", "1", "1"), batch_size=2)
+    assert [config.lr_at(iteration) for iteration in range(2)] == [0.5] * 2
+    assert len(Inverter(tiny_model(), config, CPU).invert(0).losses) == 2
 
 
 @pytest.mark.parametrize("text", ["1", "2:coarse=2,fresh=1", "0.5:noise.deviation=0.0,roll.share=0.1"])
@@ -40,8 +45,19 @@ def test_what_means_the_same_is_the_same_configuration():
     assert InversionConfig.from_settings(one.settings()).settings() == one.settings()
 
 
+def test_a_cosine_falls_once_whatever_phases_there_are():
+    how = {"iterations": 30, "lr": 0.2, "lr_end": 0.02, "lr_schedule": "cosine", "warmup": 4}
+    one, two = InversionConfig(**how), InversionConfig(**how, phases=("1", "9"))
+    assert [one.lr_at(k) for k in range(30)] == [two.lr_at(k) for k in range(30)]
+    assert [InversionConfig(**how | {"lr_schedule": "phases"}).lr_at(k) for k in (0, 9, 29)] == [
+        one.lr_at(k) for k in (0, 9, 29)
+    ]
+    constant = InversionConfig(**how | {"lr_schedule": "constant"}, phases=("1", "1"))
+    assert [constant.lr_at(k) for k in (0, 3, 4, 15, 29)] == pytest.approx([0.05, 0.2, 0.2, 0.2, 0.2])
+
+
 def test_rates_warm_up_and_fall_in_each_phase_to_an_end():
-    how = {"lr": 0.2, "lr_end": 0.02, "lr_schedule": "cosine", "warmup": 4}
+    how = {"lr": 0.2, "lr_end": 0.02, "lr_schedule": "phases", "warmup": 4}
     config = InversionConfig(iterations=30, phases=("1", "2"), **how)
     for start, length in ((0, 10), (10, 20)):
         for step in range(4):

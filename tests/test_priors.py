@@ -226,18 +226,19 @@ def test_nothing_flows_to_what_an_image_is_unlike():
 
 @pytest.mark.parametrize("views", [["roll", "flip"], ["roll"]])
 def test_contrast_compares_the_image_with_a_part_of_it(views, monkeypatch):
-    """At least a quarter of it, mirrored if the whole is not where there are flips."""
+    """At least a quarter of it, mirrored by a chance of its own where there are flips."""
     config = InversionConfig(weights={"cr": 1.0}, views=tuple(views), batch_size=3)
     inverter = Inverter(tiny_model(), config, CPU)
     ((_, term),) = inverter.losses
-    parts = []
+    parts, flips = [], set()
     monkeypatch.setattr(LossInputs, "part", lambda self, *args: parts.append(args) or self.seen)
     term.begin(None, torch.Generator(), 3)
     for draw in inverter.spans[0].views.draws(50, 3, torch.Generator().manual_seed(0)):
         canvas = random_canvas(GRID, 16, torch.float32)
         seen = inverter.spans[0].views.look(canvas, draw, torch.float32)
         term(LossInputs(inverter.vit(*seen), None, canvas, seen, GRID, draw.numbers))
-        assert parts[-1][2] is (not seen.mirrored if "flip" in views else False)
+        flips.add((seen.mirrored, bool(parts[-1][2])))
+    assert len(flips) == (4 if "flip" in views else 1)
     shares = torch.stack([part[0] for part in parts]).square()
     assert 0.25 <= shares.min() < 0.3
     assert 0.95 < shares.max() <= 1
@@ -465,12 +466,13 @@ def test_contrast_makes_images_of_a_class_less_alike():
     model = load_model(DEFAULT_MODEL)
     alike = {}
     for weight in (0.0, 5.0):
-        config = InversionConfig(iterations=30, batch_size=4, targets=("class:1",), weights={"oh": 1.0, "cr": weight})
+        weights = {"oh": 1.0, "cr": weight}
+        config = InversionConfig(iterations=30, batch_size=8, targets=("class:1",), weights=weights, flip=False)
         inverter = Inverter(model, config, CPU)
         images = inverter.invert(0).images
         features = unit(inverter.vit(images.patches, images.positions).features)
-        alike[weight] = (features @ features.t()).triu(1).sum().item()
-    assert alike[5.0] < alike[0.0] - 0.5
+        alike[weight] = (features @ features.t()).triu(1).sum().item() / 28
+    assert alike[5.0] < alike[0.0] - 0.2
 
 
 # Batch-norm statistics
@@ -584,7 +586,7 @@ def test_presets_are_the_published_settings_and_given_flags_win():
     assert (smi.strategy, smi.prune_it, smi.prune_ratio) == ("smi", (50, 100, 200, 300), (0.3,) * 4)
     assert (smi.iterations, smi.lr) == (4000, 0.25)
     psaq = parse("--preset", "psaq_vit", "--lr_g", "0.25", "--prune_it", "50", "--prune_ratio", "0.3")
-    assert (psaq.iterations, psaq.betas, psaq.lr_schedule, psaq.warmup) == (1000, (0.5, 0.9), "cosine", 100)
+    assert (psaq.iterations, psaq.betas, psaq.lr_schedule, psaq.warmup) == (1000, (0.5, 0.9), "phases", 100)
     assert (psaq.strategy, psaq.lr, psaq.weights["pse"]) == ("smi", 0.25, 1.0)
     assert parse("--preset", "smi", "--strategy", "pri").strategy == "pri"
     assert parse("--preset", "smi", "--prune_it", "-1").strategy == "dense"

@@ -424,7 +424,7 @@ def test_every_canvas_has_its_own_defaults_and_what_is_given_wins():
     assert configured("smi", canvas="spectral").iterations == 4000
     assert chosen(configured("smi", canvas="spectral", lr=0.3, init="white")) == (0.3, "cosine", "white")
     assert chosen(InversionConfig(canvas="spectral", lr_schedule="constant")) == (0.3, "constant", "pink")
-    assert chosen(configured("psaq_vit")) == (0.2, "cosine", "white")
+    assert chosen(configured("psaq_vit")) == (0.2, "phases", "white")
 
 
 @pytest.mark.parametrize("init", ["white", "pink"])

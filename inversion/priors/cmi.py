@@ -29,11 +29,12 @@ class Contrast(Loss):
     """-log (exp(s(x, x+) / T) / (exp(s(x, x+) / T) + sum exp(s(x, x-) / T))), mean over the batch.
 
     s is the cosine of features. x is the image as the teacher is fed it, x+ a part of it, of a share uniform in [1/4,
-    1], anywhere, enlarged to it, and mirrored if x is not where there are flips. The x- are the other images of the
-    batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows into any x-.
+    1], anywhere, enlarged to it, and mirrored, all of the batch, with probability 1/2 where there are flips. The x- are
+    the other images of the batch and the memory bank: the last `cmi_bank` images of the batches before. Nothing flows
+    into any x-.
     """
 
-    numbers = 3
+    numbers = 4
 
     def __init__(self, context: Context) -> None:
         self.vit, self.flips = context.vit, context.has_view("flip")
@@ -53,10 +54,9 @@ class Contrast(Loss):
                 self.bank = unit(torch.cat(parts))
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        u, mirrored = inputs.numbers, inputs.seen.mirrored
-        if self.flips:
-            mirrored = 1 - mirrored if isinstance(mirrored, torch.Tensor) else not mirrored
-        other = self.vit(*inputs.part((SMALLEST + (1 - SMALLEST) * u[:, 0]).sqrt(), u[:, 1:], mirrored))
+        u = inputs.numbers
+        mirrored = (u[0, 3] < 0.5).long() if self.flips else False
+        other = self.vit(*inputs.part((SMALLEST + (1 - SMALLEST) * u[:, 0]).sqrt(), u[:, 1:3], mirrored))
         return contrast(unit(inputs.output.features), unit(other.features), self.bank, self.temperature)
 
 

@@ -74,8 +74,10 @@ def inversion(prior: str, strategy: str, iterations: int, images: int, seed: int
     """The inversion of a pair of that many iterations."""
     settings = {"strategy": strategy, "iterations": iterations, **PRIORS[prior]}
     if strategy == "smi":
-        starts = [round(share * iterations) for share in STOPS]
-        settings |= {"prune_it": [max(start, number) for number, start in enumerate(starts)], "prune_ratio": [0.3] * 4}
+        starts = [0]
+        for share in STOPS:
+            starts.append(max(round(share * iterations), starts[-1] + 1))
+        settings |= {"prune_it": starts[1:], "prune_ratio": [0.3] * 4}
     return configured("quantize", **settings, batch_size=images, seed=seed, dtype=dtype)
 
 
