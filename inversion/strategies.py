@@ -106,7 +106,9 @@ class Grow(StopLowest):
     The image is at first the central part of it with a quarter of its sides, and grows by an eighth of them in
     `GROWTHS` phases of equal length to all of it; parts are whole patches. A model that runs on kept patches is fed the
     part as it is, where the paper enlarges it or resamples position embeddings. The least important of the patches that
-    have begun stop, on a schedule, if there is one; where patches stop and begin at once, they stop first.
+    have begun stop, on a schedule, if there is one; where patches stop and begin at once, they stop first. A roll moves
+    the part on the grid, as any sparse image, so what its remainder pushes out of the part is not read in that step;
+    the paper's wraps around within the part.
     """
 
     def stages(self, iterations: int, grid: PatchGrid) -> tuple[Stage, ...]:

@@ -50,7 +50,10 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns; the defaults are the published setting. Raises `UserError` for values that cannot be."""
+    """How a student learns; the defaults are the published setting, and shifts beside its flips.
+
+    Raises `UserError` for values that cannot be.
+    """
 
     batch_size: int = setting(32, "images per distillation step, over all ranks", "--kr-batchsize", type=positive)
     epochs: int = setting(1000, "rounds of synthesis and distillation", "--epoches", "--epochs", type=positive)

@@ -82,8 +82,13 @@ class Fisher(SquaredError):
 
     With e = |error| (B, T D) of an image, g_k the mean over images of the gradient's magnitude at the k-th moment and
     d_k the mean of e there, G and D of these rows: (e G^T)(D D^T)^-1 (e G^T)^T + mean(e^2 mean_k g_k), each relative to
-    its first value, times that of the squared error. The classifier's is the divergence itself. Gradients are those of
-    the divergence of predictions at `TEMPERATURE`, the stages behind in full precision, of `LOOKED_AT` images.
+    its first value behind each look, times that of the squared error. The classifier's is the divergence itself, times
+    the square of `TEMPERATURE`. Gradients are those of the divergence of predictions at `TEMPERATURE`, the stages
+    behind in full precision, of `LOOKED_AT` images.
+
+    The paper divides by the first value of all and leaves the divergence as it is. So scaled every loss here is about
+    as large as `mse` at any step, beside which rounding's fixed weight was chosen. It looks at all images; a few give
+    the same means at a fraction of the time.
     """
 
     def __init__(self, stage: Stage, reference: SparseViT, target: Tensor, positions: Tensor, batch_size: int) -> None:

@@ -197,6 +197,9 @@ PUBLISHED = ("patches", "joined", "positions", "embed", "qkv", "scores", "proj",
 # With the inputs of linear layers these are the factors of every matrix product.
 FACTORS = ("q", "k", "v", "probs")
 
+# `repq` is after RepQ-ViT and not its code: as with the others, so that two of them differ in ranges alone, weights are
+# symmetric (which integer kernels ask for) by least squared error, the end of softmax outputs is that of least uniform
+# error, and pixels have the bits of all activations; the norm in front of the classifier is moved as those of blocks.
 OBSERVERS: dict[str, Method] = {
     "minmax": Method(MinMaxObserver, SUMS, least_error_weights=False),
     "published": Method(MinMaxObserver, PUBLISHED, least_error_weights=False, published=True),

@@ -61,7 +61,9 @@ class LogSqrt2Quantizer(nn.Module):
     """For softmax outputs: powers of the square root of two below `scale` (RepQ-ViT, ICCV 2023, eq. 16 to 18).
 
     q = round(-2 log2(x / scale)); what lies past 2^bits - 1 is zero. The value 2^(-q/2) is taken in base 2, as
-    2^-ceil(q/2) times the square root of two where q is odd, so that an integer kernel only shifts.
+    2^-ceil(q/2) times the square root of two where q is odd, so that an integer kernel only shifts. `scale` is the
+    upper end that the observer gives, as with every other quantizer; the paper searches percentiles by this one's own
+    error.
     """
 
     def __init__(self, bits: int, observer: Observer | None) -> None:

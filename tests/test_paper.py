@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from inversion import PRESETS, PRIORS
 from models.config import DEFAULT_MODEL
 from scripts import compare, compare_kt
 from scripts.paper import published
@@ -25,8 +24,6 @@ from utils.flags import quant_parser, quant_task
 SCRIPTS = ("quant", "kt", "sardfq", "pri")
 PLACE = 'printf "%q " "$@" >>calls && echo >>calls'
 DATA = {"DATASET": "data", "MODEL_PATH": "teachers"}
-needs_sardfq = pytest.mark.skipif("sardfq" not in PRIORS or "sardfq" not in PRESETS, reason="there is no prior sardfq")
-ASKED = [pytest.param(name, marks=needs_sardfq) if name == "sardfq" else name for name in SCRIPTS]
 
 
 def ran(folder: Path, name: str, *flags: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
@@ -72,7 +69,7 @@ def test_shell_scripts_are_shell(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("flags", [["--tiny"], []], ids=["tiny", "whole"])
 def test_what_a_script_asks_for_can_be_had_and_its_table_is_of_it(tmp_path, name, flags):
     done, calls = ran(tmp_path, name, *flags, "--num-workers", "0", **({} if flags else DATA))
@@ -100,7 +97,6 @@ def test_quantization_is_compared_by_the_published_quantizer_each_method_as_publ
     assert made["dense"].iterations == 4000
 
 
-@needs_sardfq
 def test_sardfq_is_compared_at_four_bits_each_method_as_published(tmp_path):
     _, (comparison, _) = ran(tmp_path, "sardfq", **DATA)
     found = cells(comparison)
