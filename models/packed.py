@@ -67,9 +67,12 @@ def near(found: Tensor, expected: Tensor, exact: Tensor) -> bool:
 def pack_blocks(vit: SparseViT, dtype: torch.dtype) -> None:
     """Replace, in place, every block but the last that can be packed; the weights of the others are not touched.
 
-    The last block is left as it is: it may be asked for the CLS token alone, or for its attention.
+    The last block is left as it is: it may be asked for the CLS token alone, or for its attention. So are all in number
+    formats that oneDNN does not multiply on every CPU.
     """
     if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
+        return
+    if dtype not in (torch.float32, torch.bfloat16):
         return
     for index, block in enumerate(vit.blocks[:-1]):
         if PackedBlock.fits(block):

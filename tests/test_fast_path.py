@@ -170,3 +170,12 @@ def test_a_recorded_inversion_is_the_one_that_was_not(model, monkeypatch):
     eager = Inverter(model, config, torch.device("cuda")).invert(0)
     torch.testing.assert_close(recorded.losses, eager.losses, rtol=1e-4, atol=1e-5)
     assert torch.equal(recorded.images.positions, eager.images.positions)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_number_formats_run_by_plain_code(dtype):
+    losses = []
+    for each in (dtype, "float32"):
+        config = InversionConfig(iterations=3, batch_size=2, dtype=each)
+        losses.append(Inverter(tiny_model(), config, torch.device("cpu")).invert(0).losses)
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)

@@ -561,6 +561,33 @@ def test_without_network_the_cnn_asks_for_a_file(monkeypatch):
 # All of them
 
 
+@pytest.mark.parametrize("kept", [16, 7])
+@pytest.mark.parametrize("name", ["oh", "tv1", "tv2", "l2", "l2_mean", "pse", "tvt", "ihs", "tvd", "ap", "parts", "hf"])
+def test_gradients_to_the_pixels_by_finite_differences(name, kept, monkeypatch):
+    """Of every term that lets all of its gradient through, by way of views and the model, in float64."""
+    at_fixed_points(monkeypatch)
+    views = ("roll", "flip", "colour")
+    options = {"psaq_bandwidth": 0.5}  # as wide as these points are apart
+    config = InversionConfig(weights={name: 1.0}, options=options, batch_size=3, dtype="float64", views=views)
+    inverter, generator = Inverter(tiny_model(depth=2), config, CPU), torch.Generator().manual_seed(0)
+    inverter.begin(0, generator, 3)
+    draw, targets = inverter.spans[0].views.draws(1, 3, generator)[0], torch.eye(5)[[0, 2, 4]]
+    canvas = random_canvas(GRID, kept)
+    direction, step = normal(*canvas.pixels.shape, seed=1), 1e-6
+
+    def value(moved: float) -> torch.Tensor:
+        pixels = canvas.pixels.detach() + moved * direction
+        here = PatchCanvas(GRID, pixels, canvas.positions)
+        loss = inverter._loss(here, targets, inverter.spans[0].views, draw)
+        return loss, here
+
+    loss, here = value(0)
+    loss.backward()
+    slope = (value(step)[0] - value(-step)[0]).item() / (2 * step)
+    assert abs(slope) > 1e-9
+    assert (here.pixels.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "strategy", [[], ["--prune_it", "3", "6", "--prune_ratio", "0.3", "0.3"], ["--strategy", "pri"]]
 )

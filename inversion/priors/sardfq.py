@@ -87,7 +87,7 @@ class Parts(Loss):
         drawn = (inputs.numbers * self.counts[:, None]).long()
         part = self.order.gather(1, drawn)
         targets = inputs.targets[self.labels.gather(1, part)[:, 0]]
-        place = torch.cat([part // 2, part % 2], dim=1).to(inputs.canvas.pixels.dtype)
+        place = torch.cat([part // 2, part % 2], dim=1).to(inputs.numbers.dtype)
         seen = inputs.part(torch.full_like(place[:, 0], 0.5), place, inputs.seen.mirrored)
         logits = precise(self.vit(*seen).logits)
         return F.cross_entropy(logits, targets.to(logits.dtype))
