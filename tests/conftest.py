@@ -34,6 +34,19 @@ def randomize(vit: nn.Module) -> nn.Module:
     return vit.eval()
 
 
+def lively(vit: nn.Module) -> nn.Module:
+    """Itself, with weights such that patches and images differ in what it makes of them."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+            if isinstance(module, nn.LayerNorm):
+                module.bias.normal_(0, 0.1, generator=generator)
+    return vit
+
+
 # Arguments that make timm's deit_tiny a small one.
 TINY_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 

@@ -29,7 +29,7 @@ from quant.quantizers import ActivationQuantizer
 from quant.reconstruction import AdaptiveRounding, LearnedQuantizer
 from quant.rotation import orthogonal
 from quant.stages import walk
-from tests.conftest import tiny_model, tiny_vit, whole_images
+from tests.conftest import lively, tiny_model, tiny_vit, whole_images
 from utils.images import Stored, calibration_images
 
 CPU = torch.device("cpu")
@@ -39,19 +39,6 @@ IMAGENET = PatchGrid(14, 14, 16, 16)
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def lively(vit: nn.Module) -> nn.Module:
-    """Itself, with weights such that patches and images differ in what it makes of them."""
-    generator = seeded(3)
-    with torch.no_grad():
-        for module in vit.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.weight.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
-                module.bias.normal_(0, 0.1, generator=generator)
-            if isinstance(module, nn.LayerNorm):
-                module.bias.normal_(0, 0.1, generator=generator)
-    return vit
 
 
 def half_cosine(step: int, steps: int, high: float, low: float = 0.0) -> float:

@@ -24,7 +24,7 @@ from inversion.priors.synq import HighFrequencies, SoftWhereUnsure
 from inversion.targets import distributions
 from inversion.views import Draw, Seen, Views
 from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
-from tests.conftest import tiny_model
+from tests.conftest import lively, tiny_model
 from tests.test_canvas import jittered_positions, plain_tv, random_canvas
 from utils.cli import Parser
 from utils.errors import UserError
@@ -569,7 +569,9 @@ def test_gradients_to_the_pixels_by_finite_differences(name, kept, monkeypatch):
     views = ("roll", "flip", "colour")
     options = {"psaq_bandwidth": 0.5}  # as wide as these points are apart
     config = InversionConfig(weights={name: 1.0}, options=options, batch_size=3, dtype="float64", views=views)
-    inverter, generator = Inverter(tiny_model(depth=2), config, CPU), torch.Generator().manual_seed(0)
+    model, generator = tiny_model(depth=2), torch.Generator().manual_seed(0)
+    lively(model.vit)
+    inverter = Inverter(model, config, CPU)
     inverter.begin(0, generator, 3)
     draw, targets = inverter.spans[0].views.draws(1, 3, generator)[0], torch.eye(5)[[0, 2, 4]]
     canvas = random_canvas(GRID, kept)
