@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -11,9 +13,9 @@ from kt.config import StudentConfig
 from kt.whole import WholeStudent, classifier_parameters, load_whole
 from models import DEFAULT_MODEL, LoadedModel, ModelConfig, PatchGrid, load_model
 from models.config import NAMED_MODELS, WEIGHTS_DIR
-from models.registry import save_local_dir
+from models.registry import Preprocessing, save_local_dir
 from models.sparse_vit import grid_of, require_supported
-from utils.errors import UserError
+from utils.errors import UserError, UserNote
 from utils.files import atomic_files, user_path
 
 BUNDLED_BACKBONE = WEIGHTS_DIR / "deit_nano_4_letters" / "model.safetensors"
@@ -24,7 +26,7 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel | W
     """A student with a new head for the teacher's classes.
 
     It is fed the teacher's patches where it is a Vision Transformer of the same images and patches, whole images
-    otherwise.
+    otherwise; what its backbone has seen normalized otherwise than the teacher's images it is made to read as these.
 
     Args:
         teacher: whose task it will learn.
@@ -53,10 +55,39 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel | W
                 f"{_described(teacher.grid)}; both are fed the same patches"
             )
         student.vit.reset_classifier(teacher.classes)
+        if not scratch:
+            student = renormalized(student, teacher.preprocessing)
     heads = {id(parameter) for parameter in classifier_parameters(student.vit)}
     for parameter in student.vit.parameters():
         parameter.requires_grad_(config.finetune == "full" or id(parameter) in heads)
     return student
+
+
+@torch.no_grad()
+def renormalized(student: LoadedModel, wanted: Preprocessing) -> LoadedModel:
+    """The same function of images that are normalized as is wanted: its patch embedding does the rest, in place.
+
+    x std + mean is what both see, so W takes the ratio of the deviations, and its bias, or else the patches' position
+    embeddings, what the difference of the means makes of a patch. Where it has neither, a note says that it is left.
+    """
+    ours, embed = student.preprocessing, student.vit.patch_embed
+    if (ours.mean, ours.std) == (wanted.mean, wanted.std):
+        return student
+    weight, positions = embed.proj.weight, getattr(student.vit, "pos_embed", None)
+    mean, std, their_mean, their_std = (
+        torch.tensor(values, dtype=torch.float64) for values in (ours.mean, ours.std, wanted.mean, wanted.std)
+    )
+    shift = weight.double().sum(dim=(2, 3)) @ ((their_mean - mean) / std)
+    if embed.proj.bias is not None:
+        embed.proj.bias += shift.to(weight.dtype)
+    elif isinstance(positions, torch.Tensor) and isinstance(embed.norm, torch.nn.Identity):
+        positions[:, -student.grid.count :] += shift.to(positions.dtype)
+    else:
+        text = f"{student.name} has seen images of mean {ours.mean} and deviation {ours.std}, and is fed the teacher's"
+        warnings.warn(UserNote(text), stacklevel=2)
+        return student
+    weight *= (their_std / std).to(weight.dtype).view(-1, 1, 1)
+    return replace(student, preprocessing=replace(ours, mean=wanted.mean, std=wanted.std))
 
 
 def _same_patches(teacher: LoadedModel, config: StudentConfig) -> bool:

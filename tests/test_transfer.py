@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import test_kt
 from kt import (
@@ -31,6 +32,7 @@ from kt import (
 )
 from kt.distillation import Memory
 from kt.match import made
+from kt.student import renormalized
 from kt.whole import classifier_parameters
 from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
 from models.packed import PackedBlock
@@ -821,3 +823,29 @@ def test_wrong_fast_kernels_are_noticed_and_not_used(monkeypatch):
         found = taught(a_student("head"), DistillConfig(batch_size=4, dtype="float32"))
     for key in right:
         torch.testing.assert_close(found[key], right[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"class_token": False, "global_pool": "avg", "bias": False}])
+def test_a_backbone_of_another_normalization_reads_the_teachers_images(options, tmp_path):
+    """What it says of an image is what it said of the same pixels, normalized as it was trained with."""
+    options, bias = dict(options), options.get("bias", True)
+    options.pop("bias", None)
+    backbone = tiny_model(**options)
+    if not bias:
+        backbone.vit.patch_embed.proj.bias = None
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ways = replace(backbone.preprocessing, mean=(0.48, 0.45, 0.4), std=(0.27, 0.26, 0.28))
+    wanted = replace(ways, mean=(0.5, 0.4, 0.5), std=(0.5, 0.25, 0.3))
+    expected = backbone.vit(ways.normalize(pixels))
+    found = renormalized(replace(backbone, preprocessing=ways), wanted)
+    torch.testing.assert_close(found.vit(wanted.normalize(pixels)), expected, rtol=1e-4, atol=1e-5)
+    assert (found.preprocessing.mean, found.preprocessing.std) == (wanted.mean, wanted.std)
+
+
+def test_a_backbone_that_cannot_be_renormalized_is_told_of():
+    backbone = tiny_model()
+    backbone.vit.patch_embed.proj.bias, backbone.vit.patch_embed.norm = None, nn.LayerNorm(32)
+    weight = backbone.vit.patch_embed.proj.weight.clone()
+    with pytest.warns(UserNote, match="is fed the teacher's"):
+        renormalized(backbone, replace(backbone.preprocessing, mean=(0.1, 0.2, 0.3)))
+    assert torch.equal(backbone.vit.patch_embed.proj.weight, weight)
