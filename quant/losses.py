@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import SparseViT
+from quant.rows import Rows, outputs, rows_at
 from quant.stages import Stage
 
 MOMENTS = 5
@@ -47,7 +49,7 @@ class SquaredError:
         """Nothing to see."""
 
     def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
-        return (out - self.target[chosen]).square().sum(dim=-1).mean()
+        return (out - rows_at(self.target, chosen)).square().sum(dim=-1).mean()
 
 
 class Global(SquaredError):
@@ -60,18 +62,13 @@ class Global(SquaredError):
         super().__init__(stage, reference, target, positions, batch_size)
         self.through, self.weight = stage.features, None
         self.reference = reference
-        with torch.no_grad():
-            parts = zip(target.split(batch_size), positions.split(batch_size), strict=True)
-            self.features = torch.cat([self.through(reference, *part) for part in parts])
+        rows = Rows((target, positions), batch_size, positions.device)
+        self.features = outputs(partial(self.through, reference), rows)
 
     def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
         local = super().__call__(out, chosen)
-        last = (
-            (self.through(self.reference, out, self.positions[chosen]) - self.features[chosen])
-            .square()
-            .sum(dim=-1)
-            .mean()
-        )
+        found = self.through(self.reference, out, self.positions[chosen])
+        last = (found - rows_at(self.features, chosen)).square().sum(dim=-1).mean()
         if self.weight is None:
             self.weight = local.detach() / last.detach().clamp(min=1e-30)
         return local + self.weight * last
@@ -95,10 +92,8 @@ class Fisher(SquaredError):
         super().__init__(stage, reference, target, positions, batch_size)
         self.stage, self.reference, self.few = stage, reference, batch_size
         self.seen: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            parts = zip(target.split(batch_size), positions.split(batch_size), strict=True)
-            logits = [stage.logits(reference, *part) for part in parts]
-        self.wanted = (torch.cat(logits) / TEMPERATURE).log_softmax(dim=-1)
+        logits = outputs(partial(stage.logits, reference), Rows((target, positions), batch_size, positions.device))
+        self.wanted = (logits / TEMPERATURE).log_softmax(dim=-1)
 
     def look(self, progress: float, outputs: Callable[[int], Tensor]) -> None:
         """Take the gradients of the next moment once it has come."""
@@ -107,12 +102,12 @@ class Fisher(SquaredError):
         with torch.no_grad():
             out = outputs(min(LOOKED_AT, len(self.target)))
         magnitudes = []
-        parts = (x[: len(out)].split(self.few) for x in (out, self.positions, self.wanted))
+        parts = (x[: len(out)].to(out.device).split(self.few) for x in (out, self.positions, self.wanted))
         for part, at, wanted in zip(*parts, strict=True):
             part = part.detach().requires_grad_()
             divergence = self._divergences(self.stage.logits(self.reference, part, at), wanted).sum()
             magnitudes.append(torch.autograd.grad(divergence, part)[0].abs().flatten(1))
-        error = (out - self.target[: len(out)]).abs().flatten(1)
+        error = (out - self.target[: len(out)].to(out.device)).abs().flatten(1)
         self.seen.append((torch.cat(magnitudes).mean(dim=0), error.mean(dim=0)))
         self.gradients, errors = (torch.stack(rows) for rows in zip(*self.seen, strict=True))
         self.diagonal, self.first = self.gradients.mean(dim=0), None
@@ -122,8 +117,8 @@ class Fisher(SquaredError):
 
     def __call__(self, out: Tensor, chosen: Tensor) -> Tensor:
         if self.stage.last:
-            return self._divergences(out, self.wanted[chosen]).mean() * TEMPERATURE**2
-        error = (out - self.target[chosen]).abs().flatten(1)
+            return self._divergences(out, rows_at(self.wanted, chosen)).mean() * TEMPERATURE**2
+        error = (out - rows_at(self.target, chosen)).abs().flatten(1)
         along = error @ self.gradients.T
         parts = ((along @ self.inverse) * along).sum(dim=1).mean(), (error.square() * self.diagonal).mean()
         if self.first is None:

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from quant.config import QuantConfig
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES
 from quant.quantizers import ActivationQuantizer
+from quant.rows import outputs
 from quant.stages import Stage, walk
 from utils.errors import UserError
 from utils.files import atomic
@@ -200,10 +202,9 @@ def _reconstruct_stage(
     generator: torch.Generator,
     bar: tqdm,
 ) -> None:
-    inputs, quantized_inputs = _joined(stage.inputs), _joined(stage.quantized_inputs)
-    with torch.no_grad():
-        target = torch.cat([stage.run(reference, *batch) for batch in stage.inputs])
-    wanted = LOSSES[config.reconstruct_loss](stage, reference, target, inputs[-1], config.batch_size)
+    inputs, quantized_inputs = stage.inputs, stage.quantized_inputs
+    target = outputs(partial(stage.run, reference), inputs)
+    wanted = LOSSES[config.reconstruct_loss](stage, reference, target, inputs.tensors[-1], config.batch_size)
     start = time.monotonic()
     with _learning(stage, reference, quantized, fitted, generator) as (roundings, scales):
         groups = [([rounding.raised for rounding in roundings], ROUNDING_LR), (scales, SCALE_LR)]
@@ -214,9 +215,10 @@ def _reconstruct_stage(
                 progress = max(progress, (time.monotonic() - start) / max(seconds, 1e-9))
             if progress >= 1:
                 break
-            chosen = torch.randperm(len(target), generator=generator, device=target.device)[:step_images]
-            mixed = [_mixed(a[chosen], b[chosen], generator) for a, b in zip(inputs, quantized_inputs, strict=True)]
-            wanted.look(progress, lambda n: stage.run(quantized, *(x[:n] for x in quantized_inputs)))
+            chosen = torch.randperm(len(target), generator=generator, device=inputs.device)[:step_images]
+            pairs = zip(inputs.at(chosen), quantized_inputs.at(chosen), strict=True)
+            mixed = [_mixed(*pair, generator) for pair in pairs]
+            wanted.look(progress, lambda n: stage.run(quantized, *quantized_inputs.first(n)))
             loss = error = wanted(stage.run(quantized, *mixed), chosen)
             if progress > WARM_UP:
                 power = 2 + 18 * (1 - progress) / (1 - WARM_UP)
@@ -256,11 +258,6 @@ def _learning(
             layer.linear = linear
         for name, one in learned.items():
             quantized.set_submodule(name, one.learned())
-
-
-def _joined(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Batches of tuples -> each of the tuple's tensors over all images."""
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def _mixed(full: Tensor, quantized: Tensor, generator: torch.Generator) -> Tensor:

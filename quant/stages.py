@@ -11,13 +11,14 @@ from torch import Tensor
 
 from models import SparseImages, SparseViT
 from quant.insert import QuantizedLinear, quantized_layers
+from quant.rows import Rows, outputs
 
 Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the model, and what both models feed it: a tuple of tensors for each batch of calibration images.
+    """A part of the model, and what both models feed it, batches of tensors of the calibration images.
 
     `run(vit, *batch)` is its output of either model; the last tensor of a batch are positions. `prefixes` is how the
     names of what it holds begin; `behind` are the runs of the stages that follow.
@@ -25,8 +26,8 @@ class Stage:
 
     prefixes: tuple[str, ...]
     run: Run
-    inputs: list[tuple[Tensor, ...]]
-    quantized_inputs: list[tuple[Tensor, ...]]
+    inputs: Rows
+    quantized_inputs: Rows
     behind: tuple[Run, ...]
 
     @property
@@ -71,15 +72,16 @@ def stages(vit: SparseViT) -> list[tuple[tuple[str, ...], Run]]:
 def walk(reference: SparseViT, quantized: SparseViT, images: SparseImages, batch_size: int) -> Iterator[Stage]:
     """Every stage in turn; the next one gets what the quantized model gives after the caller has changed it."""
     device = quantized.device
-    inputs = [(b.patches.to(device), b.positions.to(device)) for b in images.batches(batch_size)]
-    quantized_inputs = inputs
+    positions = images.positions.to(device)
+    inputs = quantized_inputs = Rows((images.patches.to(device), positions), batch_size, device)
     all_stages = stages(quantized)
     for number, (prefixes, run) in enumerate(all_stages):
         behind = tuple(run for _, run in all_stages[number + 1 :])
         yield Stage(prefixes, run, inputs, quantized_inputs, behind)
-        with torch.no_grad():
-            inputs = [(run(reference, *batch), batch[-1]) for batch in inputs]
-            quantized_inputs = [(run(quantized, *batch), batch[-1]) for batch in quantized_inputs]
+        inputs, quantized_inputs = (
+            Rows((outputs(functools.partial(run, vit), rows), positions), batch_size, device)
+            for vit, rows in ((reference, inputs), (quantized, quantized_inputs))
+        )
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def correct_biases(reference: SparseViT, quantized: SparseViT, images: SparseIma
             layer.linear.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
-def _mean_outputs(layers: dict[str, QuantizedLinear], run: Run, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+def _mean_outputs(layers: dict[str, QuantizedLinear], run: Run, batches: Rows) -> dict[str, Tensor]:
     """Mean of each layer's output (out,) over all tokens of all batches."""
     sums, counts = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 

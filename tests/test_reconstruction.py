@@ -1,12 +1,13 @@
 """What mends the error that rounding leaves: reconstruction and bias correction; and what each layer costs."""
 
+import tempfile
 import time
 
 import pytest
 import torch
 
 from models import SparseImages, SparseViT
-from quant import QuantConfig, quantize, reconstruction
+from quant import QuantConfig, quantize, reconstruction, rows
 from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES, Fisher
@@ -173,6 +174,31 @@ def test_the_walk_feeds_each_model_its_own_tensors(vit, images):
             tokens = model.embed(images.patches[:4], images.positions[:4])
             stage = found[1].quantized_inputs if index else found[1].inputs
             torch.testing.assert_close(stage[0][0], tokens)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_too_large_for_memory_is_in_a_file_that_is_gone_afterwards(vit, images, loss, tmp_path, monkeypatch):
+    """The model is the same; tensors of a pool are mapped, and nothing is left of them."""
+    config = QuantConfig(3, 4, "mse", reconstruct=True, reconstruct_steps=6, reconstruct_loss=loss)
+    wanted = quantize(vit, images, config).state_dict()
+    made, empty = [], rows._empty
+    monkeypatch.setattr(rows, "HELD", 64)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rows, "_empty", lambda *args: made.append(empty(*args)) or made[-1])
+    found = quantize(vit, images, config).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert made
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_the_file_is_one_line(vit, images, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rows, "HELD", 64)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"no room for .* GiB in .* \(No space left on device\); set TMPDIR"):
+        quantize(vit, images, QuantConfig(3, 4, "mse", reconstruct=True, reconstruct_steps=2))
 
 
 def test_a_reconstruction_that_was_stopped_goes_on_behind_its_finished_stages(vit, images, tmp_path, monkeypatch):
