@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Which prior is worth its time? Every prior with every strategy at equal seconds of inversion, calibrated at low bits.
 
-For each pair an iteration is timed, and as many are run as fill --seconds (its schedule is cut in proportion); all else
-is `--preset quantize`. What is in OUTPUT is not done again, the numbers of iterations included. Divergence is that of
-the quantized model's predictions from full precision's, on test images. Every other flag goes to test_quant.py.
+Dense inversion with the plain prior fills --seconds; every other pair has as many iterations as take the same time, by
+short inversions of both in turns, in seconds of this process (schedules are cut in proportion). All else is `--preset
+quantize`. What is in OUTPUT is not done again, the numbers of iterations included. Divergence is that of the quantized
+model's predictions from full precision's, on test images. Every other flag goes to test_quant.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ exit_on_interrupt(__name__)
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,10 @@ PRIORS: dict[str, dict[str, object]] = {
 STRATEGIES = ("dense", "smi", "pri")
 STOPS = 0.1, 0.2, 0.3, 0.4
 """Shares of the iterations after which patches stop, as in the preset."""
-PROBE = 8
-"""Iterations that an iteration's time is taken from."""
+PROBE, PROBED, TURNS = 20, 16, 2
+"""Iterations and images of a short inversion, at most, and how often each is made: the fastest counts."""
+PLAIN = "deepinversion", "dense"
+"""What the others are timed against."""
 
 
 def parser() -> Parser:
@@ -84,14 +87,15 @@ def inversion(prior: str, strategy: str, iterations: int, images: int, seed: int
     return configured("quantize", **settings, batch_size=images, seed=seed, dtype=dtype)
 
 
-def seconds_of(bench: Bench, config: InversionConfig) -> float:
-    """Of an iteration, mean over a short inversion; the faster of two."""
-    inverter, spent = Inverter(bench.model, config, bench.device), []
-    for _ in range(2):
-        start = time.perf_counter()
-        inverter.invert(0)
-        spent.append((time.perf_counter() - start) / config.iterations)
-    return min(spent)
+def costs(bench: Bench, configs: Sequence[InversionConfig], clock: Callable[[], float]) -> list[float]:
+    """What each inversion costs by a clock, made in turns."""
+    inverters, spent = [Inverter(bench.model, config, bench.device) for config in configs], [[] for _ in configs]
+    for _ in range(TURNS):
+        for inverter, mine in zip(inverters, spent, strict=True):
+            start = clock()
+            inverter.invert(0)
+            mine.append(clock() - start)
+    return [min(mine) for mine in spent]
 
 
 @torch.no_grad()
@@ -134,8 +138,17 @@ class Study:
         known = read_json(file) if file.is_file() else {}
         name = f"{prior}-{strategy}-{self.count}-{self.seconds:g}"
         if name not in known:
-            each = seconds_of(self.bench, inversion(prior, strategy, PROBE, self.count, 0, self.dtype))
-            known[name] = max(PROBE, int(self.seconds / each))
+            asked = [PLAIN] if (prior, strategy) == PLAIN else [PLAIN, (prior, strategy)]
+            configs = [inversion(*pair, PROBE, min(self.count, PROBED), 0, self.dtype) for pair in asked]
+            # A GPU's work is not in the time of the process.
+            on_cpu = self.bench.device.type == "cpu"
+            if len(asked) == 1:
+                (spent,) = costs(self.bench, configs, time.perf_counter)
+                iterations = self.seconds * PROBE / spent * min(self.count, PROBED) / self.count
+            else:
+                plain, spent = costs(self.bench, configs, time.process_time if on_cpu else time.perf_counter)
+                iterations = self.iterations(*PLAIN) * plain / spent
+            known = {**(read_json(file) if file.is_file() else {}), name: max(1, round(iterations))}
             write_json(file, known)
         return known[name]
 
