@@ -20,9 +20,10 @@ class Phase:
     """A share of the iterations, relative to those of the other phases, and what is set in it.
 
     `coarse`: the image is averaged over squares of so many pixels, and each shown as such a square: what the model is
-    fed and what terms of the loss see as the canvas has that resolution (multi-resolution inversion; Yin et al., CVPR
-    2020, shrink the image, which a ViT of one input size cannot be fed). `fresh`: Adam begins anew with it. `settings`:
-    of views, by (view, setting).
+    fed, by which patches are ranked, and what becomes of patches that stop or are finished in it; terms of the loss see
+    the canvas as of that resolution (multi-resolution inversion; Yin et al., CVPR 2020, shrink the image, which a ViT
+    of one input size cannot be fed). What pixels of a square differ by stays for a finer phase. `fresh`: Adam begins
+    anew with it. `settings`: of views, by (view, setting).
     """
 
     share: float
