@@ -63,7 +63,7 @@ class Phase:
         parts = [f"coarse={self.coarse}"] if self.coarse > 1 else []
         parts += ["fresh=1"] if self.fresh else []
         parts += [f"{view}.{name}={value!r}" for (view, name), value in self.settings.items()]
-        return ":".join([f"{self.share:g}", ",".join(parts)] if parts else [f"{self.share:g}"])
+        return ":".join([repr(self.share).removesuffix(".0"), *([",".join(parts)] if parts else [])])
 
     def without_other_views(self, texts: Sequence[str]) -> Phase:
         """The phase without settings of views that are not among these."""

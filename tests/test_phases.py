@@ -27,6 +27,13 @@ def test_shares_are_cut_exactly():
     assert spans([Phase(1)] * 3, 2) == [(0, 0), (0, 1), (1, 2)]
 
 
+def test_shares_are_as_they_are_given():
+    """Whatever number of digits they have."""
+    config = InversionConfig(iterations=1234567, phases=("1234560", "7.0"))
+    assert config.phases == ("1234560", "7")
+    assert config.spans() == [(0, 1234560), (1234560, 1234567)]
+
+
 def test_more_phases_than_iterations_leave_some_out():
     config = InversionConfig(iterations=2, lr=0.5, lr_schedule="phases", phases=("1:coarse=2", "1", "1"), batch_size=2)
     assert [config.lr_at(iteration) for iteration in range(2)] == [0.5] * 2
