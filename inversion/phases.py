@@ -65,10 +65,16 @@ class Phase:
         parts += [f"{view}.{name}={value!r}" for (view, name), value in self.settings.items()]
         return ":".join([repr(self.share).removesuffix(".0"), *([",".join(parts)] if parts else [])])
 
-    def without_other_views(self, texts: Sequence[str]) -> Phase:
-        """The phase without settings of views that are not among these."""
+    def beside(self, texts: Sequence[str]) -> Phase:
+        """The phase without settings of views that are not among these, or that these say themselves."""
         there = parse_views(texts)
-        return replace(self, settings={key: value for key, value in self.settings.items() if key[0] in there})
+        said = {
+            (name, part.partition("=")[0])
+            for name, _, rest in (text.partition(":") for text in texts)
+            for part in rest.split(",")
+        }
+        kept = {key: value for key, value in self.settings.items() if key[0] in there and key not in said}
+        return replace(self, settings=kept)
 
     def views(self, texts: Sequence[str]) -> tuple[str, ...]:
         """The views of a configuration as they are in it. Raises `UserError` for a setting that is not there."""

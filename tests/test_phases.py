@@ -77,7 +77,15 @@ def test_rates_warm_up_and_fall_in_each_phase_to_an_end():
 def test_views_of_a_phase_replace_settings_alone():
     phase = Phase.parse("1:roll.share=0.25,crop.area=0.5")
     assert phase.views(("flip", "crop", "roll:diagonal=1")) == ("roll:share=0.25,diagonal=1.0", "flip", "crop:area=0.5")
-    assert phase.without_other_views(["roll"]).text() == "1:roll.share=0.25"
+    assert phase.beside(["roll"]).text() == "1:roll.share=0.25"
+
+
+def test_views_that_are_given_win_over_the_phases_of_a_preset():
+    """What is left out of them stays as the preset has it."""
+    config = configured("psaq_vit", views=["roll:share=0.125", "noise"])
+    assert (config.views, config.phases) == (("roll", "noise"), ("1", "1"))
+    config = configured("psaq_vit", views=["roll:diagonal=1"])
+    assert config.phases == configured("psaq_vit").phases == ("1:roll.share=0.067", "1:roll.share=0.134")
 
 
 def test_rolls_grow_from_phase_to_phase(monkeypatch):

@@ -427,9 +427,12 @@ def test_what_needs_a_class_token_is_refused(importance):
         Inverter(swin_model("shifted"), config, torch.device("cpu"))
 
 
-def test_an_inversion_on_a_device_waits_for_nothing(request):
+@pytest.mark.parametrize("term", [None, "ap", "ihs", "pse"])
+def test_an_inversion_on_a_device_waits_for_nothing(term, request):
     model = swin_model("two stages, padded")
-    config = InversionConfig(iterations=4, batch_size=2, prune_it=(2,), prune_ratio=(0.5,), importance="all")
+    weights = {"oh": 1.0} | ({} if term is None else {term: 1.0})
+    how = {"prune_it": (2,), "prune_ratio": (0.5,), "importance": "all"}
+    config = InversionConfig(iterations=4, batch_size=2, weights=weights, **how)
     device = request.getfixturevalue("cuda")
     inverter = Inverter(model, config, CUDA)
     for name in ("_split", "_reduced"):
