@@ -71,6 +71,8 @@ def pack_blocks(vit: SparseViT, dtype: torch.dtype) -> None:
     """
     if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
         return
+    if dtype not in (torch.float32, torch.bfloat16):  # others have no packed products, or on few processors alone
+        return
     for index, block in enumerate(vit.blocks[:-1]):
         if PackedBlock.fits(block):
             vit.blocks[index] = PackedBlock(block, dtype)

@@ -170,3 +170,13 @@ def test_a_recorded_inversion_is_the_one_that_was_not(model, monkeypatch):
     eager = Inverter(model, config, torch.device("cuda")).invert(0)
     torch.testing.assert_close(recorded.losses, eager.losses, rtol=1e-4, atol=1e-5)
     assert torch.equal(recorded.images.positions, eager.images.positions)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_formats_without_packed_products_are_inverted_in(dtype):
+    """Their losses are those of float32 as closely as the coarser of the two formats is read."""
+    losses = {}
+    for name in ("float32", dtype):
+        config = InversionConfig(iterations=1, batch_size=2, dtype=name)
+        losses[name] = Inverter(tiny_model(), config, torch.device("cpu")).invert(0).losses
+    torch.testing.assert_close(losses[dtype], losses["float32"], rtol=2e-3 if dtype == "float16" else 1e-5, atol=0)
