@@ -1,6 +1,7 @@
 """Swin Transformers on kept patches, against timm's own forward."""
 
 import math
+import warnings
 
 import pytest
 import timm
@@ -438,6 +439,16 @@ def test_an_inversion_on_a_device_waits_for_nothing(term, request):
     for name in ("_split", "_reduced"):
         setattr(inverter, name, device.inside("step", getattr(inverter, name)))
     assert len(inverter.invert(0).losses) == 4
+
+
+@pytest.mark.parametrize("name", ["padded", "version 2, padded"])
+def test_fast_code_of_padded_windows_is_not_taken_for_wrong(name):
+    """What the places of padding hold is read by nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inverter = Inverter(swin_model(name), InversionConfig(iterations=1, batch_size=2), torch.device("cpu"))
+        inverter.invert(0)
+    assert not inverter.plain
 
 
 def varied(model: LoadedModel, count: int) -> SparseImages:
