@@ -17,7 +17,6 @@ from utils.errors import exit_on_interrupt, run_main
 
 exit_on_interrupt(__name__)
 
-import argparse
 import itertools
 import statistics
 import time
@@ -108,8 +107,10 @@ def answers(models: Mapping[str, SparseViT], bench: Bench) -> tuple[dict[str, Te
 class Study:
     """The grid of one model, with what is finished of it in `output`."""
 
-    def __init__(self, args: argparse.Namespace, others: Sequence[str], output: Path) -> None:
-        self.args, self.output = args, output
+    def __init__(
+        self, count: int, seconds: float, bits: Sequence[tuple[int, int]], others: Sequence[str], output: Path
+    ) -> None:
+        self.count, self.seconds, self.bits, self.output = count, seconds, bits, output
         self.task = quant_task(quant_parser("").parse_args([*others, "--output", str(output / "run")]))
         self.bench, self.rows = Bench(self.task), Rows(output)
         self.dtype = self.task.images.config.dtype
@@ -120,10 +121,10 @@ class Study:
         """Of a pair, as many as fill the seconds here; what a run before has found stays."""
         file = self.output / "iterations.json"
         known = read_json(file) if file.is_file() else {}
-        name = f"{prior}-{strategy}-{self.args.images}-{self.args.seconds:g}"
+        name = f"{prior}-{strategy}-{self.count}-{self.seconds:g}"
         if name not in known:
-            each = seconds_of(self.bench, inversion(prior, strategy, PROBE, self.args.images, 0, self.dtype))
-            known[name] = max(PROBE, int(self.args.seconds / each))
+            each = seconds_of(self.bench, inversion(prior, strategy, PROBE, self.count, 0, self.dtype))
+            known[name] = max(PROBE, int(self.seconds / each))
             write_json(file, known)
         return known[name]
 
@@ -132,9 +133,9 @@ class Study:
         start = time.perf_counter()
         if prior is None:
             source = Noise() if strategy == "noise" else Real(self.task.data.dataset)
-            images = images_at_hand(self.bench.model, source, self.args.images, seed)
+            images = images_at_hand(self.bench.model, source, self.count, seed)
         else:
-            config = inversion(prior, strategy, iterations, self.args.images, seed, self.dtype)
+            config = inversion(prior, strategy, iterations, self.count, seed, self.dtype)
             images = Inverter(self.bench.model, config, self.bench.device).invert(0).images
         return images, time.perf_counter() - start
 
@@ -142,8 +143,8 @@ class Study:
         """The rows of a set of images, one for each width."""
         iterations = 0 if prior is None else self.iterations(prior, strategy)
         cell = {"prior": prior, "strategy": strategy, "seed": seed, "iterations": iterations}
-        cell |= {"images": self.args.images, **self.bench.settings, **self.bench.facts}
-        cells = {f"W{w}/A{a}": {**cell, "width": [w, a]} for w, a in self.args.bits}
+        cell |= {"images": self.count, **self.bench.settings, **self.bench.facts}
+        cells = {f"W{w}/A{a}": {**cell, "width": [w, a]} for w, a in self.bits}
         missing = {name: one for name, one in cells.items() if self.rows.find(one) is None}
         if missing:
             print(f"== {strategy if prior is None else f'{prior}-{strategy}'}, seed {seed}", flush=True)
@@ -172,7 +173,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing; print and write the table."""
     args, others = parser().parse_known_args(argv)
-    study = Study(args, others, writable_folder(args.output, "--output"))
+    study = Study(args.images, args.seconds, args.bits, others, writable_folder(args.output, "--output"))
     sets = [(None, "real"), (None, "noise"), *itertools.product(args.priors, args.strategies)]
     widths = [f"W{w}/A{a}" for w, a in args.bits]
     header = ["prior", "strategy", "iterations", "seconds"]
