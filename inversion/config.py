@@ -14,7 +14,7 @@ from inversion.inits import INITS
 from inversion.phases import EXAMPLE, WHOLE, Phase, spans
 from inversion.priors import PRIORS, Term, options, terms
 from inversion.projections import parse_projection
-from inversion.schedule import check_schedule
+from inversion.schedule import GROWTHS, check_schedule
 from inversion.strategies import STRATEGIES, Strategy
 from inversion.targets import check_targets
 from inversion.views import VIEWS, canonical_views
@@ -132,6 +132,8 @@ class InversionConfig:
         views = canonical_views(self.views)
         object.__setattr__(self, "views", tuple(view for view in views if self.flip or view != "flip"))
         object.__setattr__(self, "flip", "flip" in self.views)
+        if not self.phases and self.strategy == "grow" and self.lr_schedule == "phases":
+            object.__setattr__(self, "phases", ("1",) * GROWTHS)  # those in which it grows
         phases = [Phase.parse(text) for text in self.phases]
         object.__setattr__(self, "phases", tuple(phase.text() for phase in phases))
         for phase in phases:

@@ -27,7 +27,7 @@ from inversion.schedule import Stage, ranked
 from inversion.self_check import fast_paths_agree, verdict
 from inversion.strategies import others
 from inversion.targets import distributions, draw_labels, random_distributions
-from inversion.views import Draw, Views, numbers_of
+from inversion.views import Draw, Views, numbers_of, squares
 from models import DISAGREE, LoadedModel, SparseImages, SparseViT, frozen_copy
 from utils.device import require_memory, within_memory
 from utils.errors import UserError, UserNote
@@ -211,11 +211,12 @@ class Inverter:
         for number, stage in enumerate(self.stages):
             more = stage.begins if number else ()
             if stage.patches - len(more) < canvas.positions.shape[1]:
-                going_on, gone = self._split(canvas, targets, stage.patches - len(more), generator)
+                shown = self._shown(canvas, stage.start)
+                going_on, gone = self._split(shown, targets, stage.patches - len(more), generator)
                 if self.strategy.detaches:
-                    finished.append(taken(canvas, gone))
+                    finished.append(taken(shown, gone))
                 elif config.shows_stopped:
-                    stopped.append(taken(canvas, gone))
+                    stopped.append(taken(shown, gone))
                 canvas, optimizer = self._reduced(canvas, optimizer, going_on)
             if more:
                 canvas = canvas.with_more(torch.tensor(more, device=self.device))
@@ -235,11 +236,12 @@ class Inverter:
                     for projection in self.projections:
                         if (iteration + 1) % projection.every == 0:
                             self._project(projection, canvas)
+        shown = self._shown(canvas, config.iterations)
         if self.strategy.detaches and finished:
             count = finished[0][1].shape[1]
-            _, last = self._split(canvas, targets, canvas.positions.shape[1] - count, generator)
-            finished.append(taken(canvas, last))
-        finished = finished or [taken(canvas)]
+            _, last = self._split(shown, targets, canvas.positions.shape[1] - count, generator)
+            finished.append(taken(shown, last))
+        finished = finished or [taken(shown)]
         if config.iterations in config.snapshots:
             snapshots.append(self._snapshot(config.iterations, canvas))
         # Images of one trajectory stand together, so that labels stay sorted.
@@ -254,6 +256,15 @@ class Inverter:
         """A stage, cut where phases begin."""
         cut = [(span, max(stage.start, span.start), min(stage.stop, span.stop)) for span in self.spans]
         return [(span, replace(stage, start=start, stop=stop)) for span, start, stop in cut if start < stop]
+
+    @torch.no_grad()
+    def _shown(self, canvas: Canvas, done: int) -> PatchCanvas:
+        """The kept patches after so many iterations, as the model was fed them: in a coarse phase squares."""
+        coarse, patches = next(s.phase.coarse for s in self.spans if max(done, 1) <= s.stop), canvas.patches()
+        if coarse == 1:
+            return patches
+        pixels = squares(patches.coarser(coarse).pixels, coarse)
+        return PatchCanvas(patches.grid, pixels, patches.positions, patches.plain, patches.neighbours)
 
     def targets(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """What the cross-entropy compares with for labels (B,), as `distributions` or `random_distributions` say."""
@@ -386,9 +397,11 @@ class Inverter:
         canvas.settle()
 
     @torch.no_grad()
-    def _split(self, canvas: Canvas, targets: Tensor, keep: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _split(
+        self, canvas: PatchCanvas, targets: Tensor, keep: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Which patches of each image go on, (B, keep), and which stop, as indices among those that are left."""
-        importance = IMPORTANCES[self.config.importance](self.vit, canvas.patches(), targets)
+        importance = IMPORTANCES[self.config.importance](self.vit, canvas, targets)
         kept = self.strategy.keep(importance.float(), keep, generator)
         return kept, others(kept, canvas.positions.shape[1])
 
@@ -407,7 +420,7 @@ class Inverter:
 
     @torch.no_grad()
     def _snapshot(self, iteration: int, canvas: Canvas) -> Snapshot:
-        attention, canvas = None, canvas.patches()
+        attention, canvas = None, self._shown(canvas, iteration)
         if self.vit.has_class_token:
             attention = self.vit.class_attention(canvas.pixels.to(self.dtype), canvas.positions).float().cpu()
         return Snapshot(iteration, canvas.pixels.detach().cpu().clone(), canvas.positions.cpu().clone(), attention)
@@ -441,9 +454,8 @@ def changing(canvas: Canvas, optimizer: torch.optim.Adam) -> list[Tensor]:
 
 
 @torch.no_grad()
-def taken(canvas: Canvas, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def taken(patches: PatchCanvas, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Copies of the pixels and positions of the patches at `index` (B, k) of each image, of all of them if None."""
-    patches = canvas.patches()
     return (patches.pixels.detach(), patches.positions) if index is None else patches.take(index)
 
 

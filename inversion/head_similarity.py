@@ -60,7 +60,8 @@ def _scores(queries: Tensor, keys: Tensor, there: Tensor | None) -> tuple[Tensor
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if there is None:
         return scores, scores.new_full((1, 1, 1), scores.shape[-1]), None
-    return scores, there.sum(dim=1).clamp(min=1).to(scores.dtype).view(-1, 1, 1), there[:, None, None]
+    kept = there | ~there.any(dim=1, keepdim=True)  # a row of nothing has no extremes; it is left out of the mean
+    return scores, kept.sum(dim=1).to(scores.dtype).view(-1, 1, 1), kept[:, None, None]
 
 
 class _Moments(torch.autograd.Function):

@@ -20,9 +20,10 @@ class Phase:
     """A share of the iterations, relative to those of the other phases, and what is set in it.
 
     `coarse`: the image is averaged over squares of so many pixels, and each shown as such a square: what the model is
-    fed and what terms of the loss see as the canvas has that resolution (multi-resolution inversion; Yin et al., CVPR
-    2020, shrink the image, which a ViT of one input size cannot be fed). `fresh`: Adam begins anew with it. `settings`:
-    of views, by (view, setting).
+    fed, by which patches are ranked, and what becomes of patches that stop or are finished in it; terms of the loss see
+    the canvas as of that resolution (multi-resolution inversion; Yin et al., CVPR 2020, shrink the image, which a ViT
+    of one input size cannot be fed). What pixels of a square differ by stays for a finer phase. `fresh`: Adam begins
+    anew with it. `settings`: of views, by (view, setting).
     """
 
     share: float
@@ -62,12 +63,18 @@ class Phase:
         parts = [f"coarse={self.coarse}"] if self.coarse > 1 else []
         parts += ["fresh=1"] if self.fresh else []
         parts += [f"{view}.{name}={value!r}" for (view, name), value in self.settings.items()]
-        return ":".join([f"{self.share:g}", ",".join(parts)] if parts else [f"{self.share:g}"])
+        return ":".join([repr(self.share).removesuffix(".0"), *([",".join(parts)] if parts else [])])
 
-    def without_other_views(self, texts: Sequence[str]) -> Phase:
-        """The phase without settings of views that are not among these."""
+    def beside(self, texts: Sequence[str]) -> Phase:
+        """The phase without settings of views that are not among these, or that these say themselves."""
         there = parse_views(texts)
-        return replace(self, settings={key: value for key, value in self.settings.items() if key[0] in there})
+        said = {
+            (name, part.partition("=")[0])
+            for name, _, rest in (text.partition(":") for text in texts)
+            for part in rest.split(",")
+        }
+        kept = {key: value for key, value in self.settings.items() if key[0] in there and key not in said}
+        return replace(self, settings=kept)
 
     def views(self, texts: Sequence[str]) -> tuple[str, ...]:
         """The views of a configuration as they are in it. Raises `UserError` for a setting that is not there."""

@@ -151,7 +151,7 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
         dropped = *dropped, "lr", "lr_schedule", "init"  # a canvas has its own
     kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}
     if "views" in given and "phases" in kept:
-        kept["phases"] = [Phase.parse(text).without_other_views(given["views"]).text() for text in kept["phases"]]
+        kept["phases"] = [Phase.parse(text).beside(given["views"]).text() for text in kept["phases"]]
     chosen = {**kept, **given}
     known, extras = terms(), options()
     weights = {"oh": known["oh"].weight}

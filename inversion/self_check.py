@@ -12,6 +12,7 @@ from inversion.canvas import PatchCanvas
 from inversion.total_variation import total_variation
 from inversion.views import Draw, Views
 from models import LoadedModel, SparseViT, near
+from models.blocks import Inside
 
 IMAGES = 2
 """Of the first batch."""
@@ -61,16 +62,21 @@ def _outcome(vit: SparseViT, canvas: PatchCanvas, views: Views, draw: Draw) -> l
     found, parts = [], []
     for wanted in (False, True):
         output = vit(*views.look(canvas, draw, vit.patch_proj.weight.dtype), return_inside=wanted)
-        on_the_way = [
-            x
-            for inside in output.inside
-            for x in (inside.attended, inside.queries / inside.queries.norm(), inside.keys)  # queries but for a scale
-        ]
+        on_the_way = [x for inside in output.inside for x in _that_count(inside)]
         found += [output.logits, *on_the_way]
         parts.append(output.logits[:, 0].sum() + sum(x.float().square().mean() for x in on_the_way))
     variations = [total_variation(canvas, order) for order in (1, 2)]
     gradients = [_gradient(part, canvas) for part in (*parts, *variations)]
     return [x.detach().float() for x in (*found, *variations, *gradients)]
+
+
+def _that_count(inside: Inside) -> list[Tensor]:
+    """What attention puts out, queries but for their scale, and keys; zeros where there is no token."""
+    found = inside.attended, inside.queries, inside.keys
+    if inside.present is not None:
+        found = (inside.present.view(len(x), *(1,) * (x.ndim - 3), -1, 1) * x for x in found)
+    attended, queries, keys = found
+    return [attended, queries / queries.norm(), keys]
 
 
 def _gradient(value: Tensor, canvas: PatchCanvas) -> Tensor:

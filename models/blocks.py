@@ -28,7 +28,8 @@ class Inside(NamedTuple):
 
     `attended` (B, T, D): what it puts out before its projection, `heads` side by side. `queries`, `keys` (B, heads, T,
     head_dim) as they are compared, but for a scale. `weights`: gives what each of the first Q tokens (None: all) gives
-    each token, (B, heads, Q, T).
+    each token, (B, heads, Q, T); of attention in windows what each of the first Q patches of an image gives each patch,
+    (B, heads, Q, n), mean over the tokens of the former.
     """
 
     attended: Tensor

@@ -290,6 +290,8 @@ def test_the_learning_rate_falls_in_every_phase():
     warm = InversionConfig(strategy="grow", iterations=70, lr=1.0, lr_schedule="phases", phases=SEVEN, warmup=4)
     assert [warm.lr_at(iteration) for iteration in (0, 3)] == [0.25, 1.0]
     assert [warm.lr_at(iteration) for iteration in (10, 13)] == [0.25, 1.0]
+    assert InversionConfig(strategy="grow", lr_schedule="phases").phases == SEVEN  # those in which it grows
+    assert InversionConfig(strategy="grow", lr_schedule="cosine").phases == ()
 
 
 def test_the_preset_is_the_paper():

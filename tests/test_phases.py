@@ -27,6 +27,13 @@ def test_shares_are_cut_exactly():
     assert spans([Phase(1)] * 3, 2) == [(0, 0), (0, 1), (1, 2)]
 
 
+def test_shares_are_as_they_are_given():
+    """Whatever number of digits they have."""
+    config = InversionConfig(iterations=1234567, phases=("1234560", "7.0"))
+    assert config.phases == ("1234560", "7")
+    assert config.spans() == [(0, 1234560), (1234560, 1234567)]
+
+
 def test_more_phases_than_iterations_leave_some_out():
     config = InversionConfig(iterations=2, lr=0.5, lr_schedule="phases", phases=("1:coarse=2", "1", "1"), batch_size=2)
     assert [config.lr_at(iteration) for iteration in range(2)] == [0.5] * 2
@@ -70,7 +77,15 @@ def test_rates_warm_up_and_fall_in_each_phase_to_an_end():
 def test_views_of_a_phase_replace_settings_alone():
     phase = Phase.parse("1:roll.share=0.25,crop.area=0.5")
     assert phase.views(("flip", "crop", "roll:diagonal=1")) == ("roll:share=0.25,diagonal=1.0", "flip", "crop:area=0.5")
-    assert phase.without_other_views(["roll"]).text() == "1:roll.share=0.25"
+    assert phase.beside(["roll"]).text() == "1:roll.share=0.25"
+
+
+def test_views_that_are_given_win_over_the_phases_of_a_preset():
+    """What is left out of them stays as the preset has it."""
+    config = configured("psaq_vit", views=["roll:share=0.125", "noise"])
+    assert (config.views, config.phases) == (("roll", "noise"), ("1", "1"))
+    config = configured("psaq_vit", views=["roll:diagonal=1"])
+    assert config.phases == configured("psaq_vit").phases == ("1:roll.share=0.067", "1:roll.share=0.134")
 
 
 def test_rolls_grow_from_phase_to_phase(monkeypatch):
@@ -224,3 +239,40 @@ def test_a_canvas_of_one_resolution_is_itself():
     canvas = random_canvas(GRID, 16)
     assert canvas.coarser(1) is canvas
     assert isinstance(canvas.coarser(2), PatchCanvas)
+
+
+def are_squares(patches: torch.Tensor, side: int = 2) -> bool:
+    """Whether pixels of every square are the same."""
+    small = patches[..., ::side, ::side]
+    return torch.equal(small.repeat_interleave(side, -1).repeat_interleave(side, -2), patches)
+
+
+@pytest.mark.parametrize("canvas", ["pixels", "spectral"])
+def test_what_is_done_in_a_coarse_phase_is_as_the_model_saw_it(canvas):
+    """The images of `pri` that leave in it, stopped patches that are kept, snapshots, and the last image."""
+    how = {"canvas": canvas, "iterations": 8, "batch_size": 4}
+    coarse = {**how, "phases": ("1:coarse=2", "1")}
+    of_pri = Inverter(tiny_model(), InversionConfig(**coarse, strategy="pri"), CPU).invert(0).images.patches
+    assert [are_squares(images) for images in of_pri] == [True, True, False, False]  # of iterations 2, 4, 6 and 8
+    schedule = {"prune_it": (2, 6), "prune_ratio": (0.5, 0.5), "stopped": "kept"}
+    batch = Inverter(tiny_model(), InversionConfig(**coarse, **schedule, snapshots=(3, 5)), CPU).invert(0)
+    assert are_squares(batch.images.stopped.patches[:, :8])
+    assert not are_squares(batch.images.stopped.patches[:, 8:])
+    assert [are_squares(snapshot.pixels) for snapshot in batch.snapshots] == [True, False]
+    assert are_squares(
+        Inverter(tiny_model(), InversionConfig(**how, phases=("1:coarse=2",)), CPU).invert(0).images.patches
+    )
+
+
+def test_patches_are_ranked_as_the_model_sees_them(monkeypatch):
+    seen = []
+    config = InversionConfig(
+        iterations=8, phases=("1:coarse=2", "1"), prune_it=(0, 2, 4, 6), prune_ratio=(0.2,) * 4, batch_size=2
+    )
+    inverter = Inverter(tiny_model(), config, CPU)
+    attention = inverter.vit.class_attention
+    monkeypatch.setattr(
+        inverter.vit, "class_attention", lambda x, *rest: seen.append(are_squares(x)) or attention(x, *rest)
+    )
+    inverter.invert(0)
+    assert seen == [True, True, True, False]

@@ -1,6 +1,7 @@
 """Swin Transformers on kept patches, against timm's own forward."""
 
 import math
+import warnings
 
 import pytest
 import timm
@@ -11,8 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inversion import InversionConfig, Inverter
+from inversion.canvas import PatchCanvas
+from inversion.head_similarity import unlike
 from inversion.priors.base import LossInputs
 from inversion.priors.psaq import PatchSimilarityEntropy
+from inversion.views import Seen
 from kt import DistillConfig, Distiller
 from models import LoadedModel, SparseImages, SparseViT
 from models.registry import Preprocessing
@@ -246,6 +250,66 @@ def test_attention_of_every_block_is_between_patches_and_rows_sum_to_one():
         torch.testing.assert_close(found.sum(dim=2), torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("name", ["shifted", "padded", "version 2, padded"])
+@pytest.mark.parametrize("kept", [None, 3])
+def test_what_heads_give_is_between_patches_whose_mean_ranks_them(name, kept):
+    """Windows counted, and as many as could be, as on a GPU; gradients flow."""
+    vit = swin(name)
+    sparse = SparseViT(vit)
+    positions = some(sparse, 2, sparse.grid.count if kept is None else kept)
+    patches = sparse.grid.taken(images_of(vit), positions).requires_grad_()
+    expected = sparse.attention_weights(patches, positions)
+    for counted in (True, False):
+        sparse.places.counted = counted
+        found = sparse(patches, positions, return_inside=True).inside
+        for inside, mean in zip(found, expected, strict=True):
+            weights = inside.weights(None)
+            assert weights.shape == (2, inside.heads, positions.shape[1], positions.shape[1])
+            torch.testing.assert_close(weights.mean(dim=1), mean)
+            assert torch.equal(inside.weights(1), weights[:, :, :1])
+        assert torch.autograd.grad(weights.square().sum(), patches)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kept", [None, 3])
+def test_attention_in_windows_is_pulled_to_maps_of_patches(kept):
+    """Against the mean over query patches of what timm's order of the patches gives, loops over images and heads."""
+    model, cpu = swin_model("shifted"), torch.device("cpu")
+    inverter = Inverter(model, InversionConfig(weights={"ap": 1.0}, batch_size=2), cpu)
+    ((_, term),) = inverter.losses
+    term.begin(None, torch.Generator().manual_seed(0), 2)
+    positions = some(inverter.vit, 2, inverter.vit.grid.count if kept is None else kept)
+    canvas = PatchCanvas(inverter.vit.grid, inverter.vit.grid.taken(images_of(model.vit), positions), positions)
+    output = inverter.vit(canvas.pixels, positions, return_inside=True)
+    found = term(LossInputs(output, None, canvas, Seen(canvas.pixels, positions), canvas.grid))
+    later, expected = output.inside[len(output.inside) // 2 :], 0.0
+    for number, inside in enumerate(later):
+        distances = []
+        for image, heads in enumerate(inside.weights(None)):
+            for head, weights in enumerate(heads):
+                wanted = term.maps[number][image, head][positions[image]]
+                distances.append((weights.mean(dim=0) - wanted / wanted.sum()).square().sum())
+        expected += sum(distances) / len(distances)
+    torch.testing.assert_close(found, expected / len(later))
+
+
+def test_heads_are_compared_where_windows_have_nothing_in_them():
+    """As on a GPU, which has as many windows as any patches could touch: what is found is that of counted ones."""
+    vit, results = swin("many windows").double(), []
+    sparse = SparseViT(vit)
+    positions = torch.tensor([[0, 1, 4], [5, 6, 7]])
+    patches = sparse.grid.taken(images_of(vit).double(), positions).requires_grad_()
+    for counted in (True, False):
+        sparse.places.counted = counted
+        inside = sparse(patches, positions, return_inside=True).inside
+        for plain in (True, False):
+            value = sum(unlike(each.queries, each.keys, each.present, plain) for each in inside if each.heads > 1)
+            results.append((value, torch.autograd.grad(value, patches, retain_graph=True)[0]))
+    assert any(not each.present.any(dim=1).all() for each in inside if each.heads > 1)
+    for value, gradient in results[1:]:
+        torch.testing.assert_close(value, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1])
+
+
 def test_operations_are_those_that_torch_counts_where_everything_is_kept():
     sparse = SparseViT(swin("shifted")).requires_grad_(False)
     patches = torch.randn(1, sparse.grid.count, 3, 32, 32, requires_grad=True)
@@ -364,14 +428,27 @@ def test_what_needs_a_class_token_is_refused(importance):
         Inverter(swin_model("shifted"), config, torch.device("cpu"))
 
 
-def test_an_inversion_on_a_device_waits_for_nothing(request):
+@pytest.mark.parametrize("term", [None, "ap", "ihs", "pse"])
+def test_an_inversion_on_a_device_waits_for_nothing(term, request):
     model = swin_model("two stages, padded")
-    config = InversionConfig(iterations=4, batch_size=2, prune_it=(2,), prune_ratio=(0.5,), importance="all")
+    weights = {"oh": 1.0} | ({} if term is None else {term: 1.0})
+    how = {"prune_it": (2,), "prune_ratio": (0.5,), "importance": "all"}
+    config = InversionConfig(iterations=4, batch_size=2, weights=weights, **how)
     device = request.getfixturevalue("cuda")
     inverter = Inverter(model, config, CUDA)
     for name in ("_split", "_reduced"):
         setattr(inverter, name, device.inside("step", getattr(inverter, name)))
     assert len(inverter.invert(0).losses) == 4
+
+
+@pytest.mark.parametrize("name", ["padded", "version 2, padded"])
+def test_fast_code_of_padded_windows_is_not_taken_for_wrong(name):
+    """What the places of padding hold is read by nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inverter = Inverter(swin_model(name), InversionConfig(iterations=1, batch_size=2), torch.device("cpu"))
+        inverter.invert(0)
+    assert not inverter.plain
 
 
 def varied(model: LoadedModel, count: int) -> SparseImages:

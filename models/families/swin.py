@@ -107,14 +107,19 @@ class SwinBlock(SparseBlock):
         return_inside: bool = False,
         where: tuple[Windows, ...] | None = None,
     ) -> BlockOutput:
-        """As `SparseBlock.forward`; `inside` is by windows."""
+        """As `SparseBlock.forward`; `inside` is by windows, its weights between patches."""
         windows = where[self.number]
         tokens, inside = super().forward(self.merge(x), queries, return_inside, windows)
         if inside is None:
             return BlockOutput(tokens)
         attended = windows.of(inside.attended.flatten(0, 1), plain=self.plain)
-        q, k = (x.unflatten(1, (-1, self.heads)).flatten(0, 1) for x in (inside.queries, inside.keys))
-        weights = lambda first: inside.weights(None)[:, :, :first]  # noqa: E731
+        q, k = (part.unflatten(1, (-1, self.heads)).flatten(0, 1) for part in (inside.queries, inside.keys))
+        patches = tokens.shape[1] // self.cut.side**2
+
+        def weights(first: int | None) -> Tensor:
+            each = inside.weights(None).unbind(1)
+            return torch.stack([windows.between_patches(head, len(x), patches) for head in each], dim=1)[:, :, :first]
+
         return BlockOutput(tokens, Inside(attended, self.heads, q, k, weights, windows.present))
 
     def attention_weights(
