@@ -135,7 +135,8 @@ class InversionConfig:
         if not self.phases and self.strategy == "grow" and self.lr_schedule == "phases":
             object.__setattr__(self, "phases", ("1",) * GROWTHS)  # those in which it grows
         phases = [Phase.parse(text) for text in self.phases]
-        object.__setattr__(self, "phases", tuple(phase.text() for phase in phases))
+        whole = [replace(phase, share=1.0) for phase in phases] == list(WHOLE)
+        object.__setattr__(self, "phases", () if whole else tuple(phase.text() for phase in phases))
         for phase in phases:
             phase.views(self.views)
         falls = self._falls()
@@ -260,7 +261,12 @@ class InversionConfig:
             raise UserError(f"these are not the settings of an inversion: {type(error).__name__}: {error}") from None
 
     def of(self, vit: SparseViT) -> InversionConfig:
-        """The configuration with what `auto` stands for in this model; `cls` where nothing is ranked."""
+        """The configuration with what `auto` stands for in this model; `cls` where nothing is ranked.
+
+        Raises `UserError` for a phase that is coarser than its patches can be.
+        """
+        for phase in self.phase_list():
+            vit.grid.coarser(phase.coarse)
         if self.importance != "auto":
             return self
         ranks = self.strategy != "dense" and not (self.strategy == "grow" and self.prune_it == (-1,))

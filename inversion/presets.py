@@ -149,6 +149,9 @@ def configured(preset: str | None = None, prior: Sequence[str] | None = None, **
     canvas = PRESETS.get(preset, {}).get("canvas", "pixels")
     if given.get("canvas", canvas) != canvas:
         dropped = *dropped, "lr", "lr_schedule", "init"  # a canvas has its own
+    own = PRESETS.get(preset, {}).get("prior", ())
+    if sorted(given.get("prior", own)) != sorted(own):
+        dropped = *dropped, "oh"  # it is what goes with the preset's own priors
     kept = {name: value for name, value in PRESETS.get(preset, {}).items() if name not in dropped}
     if "views" in given and "phases" in kept:
         kept["phases"] = [Phase.parse(text).beside(given["views"]).text() for text in kept["phases"]]

@@ -49,6 +49,7 @@ def test_what_means_the_same_is_the_same_configuration():
     one = InversionConfig(phases=("1.0:coarse=1", "2.0:roll.share=0.10"))
     assert one.settings() == InversionConfig(phases=("1", "2:roll.share=0.1,fresh=0")).settings()
     assert "phases" not in InversionConfig().settings()
+    assert InversionConfig(phases=("3:coarse=1",)).settings() == InversionConfig().settings()
     assert InversionConfig.from_settings(one.settings()).settings() == one.settings()
 
 
@@ -194,9 +195,12 @@ def test_phases_with_stages_and_canvases_stop_and_go_on_to_the_same_bytes(canvas
     torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-3, atol=1e-3)
 
 
-def test_patches_that_cannot_be_averaged_are_refused():
-    with pytest.raises(UserError, match="8x8 pixels cannot be averaged over 3x3"):
-        Inverter(tiny_model(), InversionConfig(iterations=4, phases=("1:coarse=3",)), CPU)
+def test_patches_that_cannot_be_averaged_are_refused_before_a_pool_is_made(tmp_path):
+    config = InversionConfig(iterations=4, phases=("1:coarse=3",))
+    for refused in (lambda: Inverter(tiny_model(), config, CPU), lambda: ImagePool(tmp_path, tiny_model(), config)):
+        with pytest.raises(UserError, match="8x8 pixels cannot be averaged over 3x3"):
+            refused()
+    assert not list(tmp_path.iterdir())
 
 
 def test_stopped_patches_are_kept_where_they_shall_be(tmp_path):

@@ -621,6 +621,9 @@ def test_presets_are_the_published_settings_and_given_flags_win():
     assert parse("--preset", "smi", "--prune_it", "-1").strategy == "dense"
     assert parse("--preset", "cmi", "--oh", "2").weights["oh"] == 2
     assert parse("--preset", "datafree").weights["l2"] == 1e-5
+    assert (parse("--preset", "synq").weights["oh"], parse("--preset", "synq").weights["soft"]) == (0, 1)
+    assert parse("--preset", "synq", "--prior", "psaq").weights["oh"] == 1
+    assert parse("--preset", "cmi", "--prior", "cmi", "deepinversion").weights["oh"] == 0.5
     assert parse("--preset", "deepinversion").weights["l2_mean"] == 1e-5
     assert parse("--preset", "mimiq", "--views", "roll", "flip").phases == ("1:roll.share=0.036", "1:roll.share=0.0715")
 
