@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,18 +25,36 @@ def unlike(queries: Tensor, keys: Tensor, there: Tensor | None = None, plain: bo
         there: (B, n), which of them count; None: all.
         plain: leave the gradient to autograd.
     """
-    scores = (lambda *args: _plain_moments(*args)) if plain else _Moments.apply
-    low, high, mean, cov = scores(queries, keys, there)
+    return mean_unlike([(queries, keys, there)], plain)
+
+
+def mean_unlike(blocks: Sequence[tuple[Tensor, Tensor, Tensor | None]], plain: bool = False) -> Tensor:
+    """Mean over blocks of `unlike` of their queries, keys, and which of them count.
+
+    What is left of the rows is small, so blocks of the same shape are compared together.
+    """
+    together: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
+    for queries, keys, there in blocks:
+        found = (_plain_moments if plain else _Moments.apply)(queries, keys, there)
+        shares = torch.ones_like(found[2][..., 0]) if there is None else there.to(found[2].dtype)
+        shares = shares / shares.sum().clamp(min=1)
+        together.setdefault(found[2].shape[1:], []).append((*found, shares))
+    total = 0.0
+    for group in together.values():
+        low, high, mean, cov, shares = (torch.cat(parts) for parts in zip(*group, strict=True))
+        total = total + (_dissimilarities(low, high, mean, cov) * shares).sum()
+    return total / len(blocks)
+
+
+def _dissimilarities(low: Tensor, high: Tensor, mean: Tensor, cov: Tensor) -> Tensor:
+    """Moments as `_plain_moments` gives them -> mean over pairs of heads of 1 - SSIM^2 (B, n)."""
     span = (high - low).clamp(min=SMALLEST)
     mean, cov = (mean - low) / span, cov / (span[..., None] * span[..., None, :])
     squares, variance = mean.square(), cov.diagonal(dim1=-2, dim2=-1)
     above = (2 * mean[..., None] * mean[..., None, :] + C1) * (2 * cov + C2)
     below = (squares[..., None] + squares[..., None, :] + C1) * (variance[..., None] + variance[..., None, :] + C2)
     # Every pair is there twice; a head with itself, whose similarity is 1, adds nothing.
-    found, pairs = (1 - (above / below).square()).flatten(2).sum(dim=2), mean.shape[-1] * (mean.shape[-1] - 1)
-    if there is None:
-        return found.mean() / pairs
-    return (found * there).sum() / (there.sum().clamp(min=1) * pairs)
+    return (1 - (above / below).square()).flatten(2).sum(dim=2) / (mean.shape[-1] * (mean.shape[-1] - 1))
 
 
 def _plain_moments(queries: Tensor, keys: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,15 +35,14 @@ class InterHeadSimilarity(Loss):
             raise UserError(f"--ihs: no block of {context.model.name} has two heads to compare")
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        from inversion.head_similarity import unlike
+        from inversion.head_similarity import mean_unlike
 
-        plain = inputs.canvas is not None and inputs.canvas.plain
-        found = []
-        for inside in inputs.output.inside:
-            queries, keys = (x[:, :, self.prefix :] for x in (inside.queries, inside.keys))
-            if queries.shape[1] > 1:
-                found.append(unlike(queries, keys, inside.present, plain))
-        return sum(found) / len(found)
+        blocks = [
+            (inside.queries[:, :, self.prefix :], inside.keys[:, :, self.prefix :], inside.present)
+            for inside in inputs.output.inside
+            if inside.queries.shape[1] > 1
+        ]
+        return mean_unlike(blocks, inputs.canvas is not None and inputs.canvas.plain)
 
 
 class ScaledTotalVariation(Loss):
