@@ -159,7 +159,7 @@ def test_defaults_are_the_published_ones():
     assert (task.num_images, task.data.val_batchsize, task.data.num_workers) == (32, 200, 4)
     config = task.images.config
     assert (config.iterations, config.lr, config.prune_it, config.prune_ratio) == (4000, 0.25, (-1,), (0,))
-    assert config.weights == {"oh": 1, "tv1": 0, "tv2": 1e-4, "l2": 0, "bn": 0}
+    assert {name: weight for name, weight in config.weights.items() if weight} == {"oh": 1, "tv2": 1e-4}
     assert (config.strategy, config.importance, config.betas) == ("dense", "auto", (0.5, 0.99))
     assert task.images.datapool == "./datapool"
     assert task.quantization == QuantConfig(8, 8, "minmax", reconstruct=False, bias_correction=False)
