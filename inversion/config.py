@@ -226,8 +226,9 @@ class InversionConfig:
 
     def _falls(self) -> list[tuple[int, int]]:
         """The iterations in which the learning rate has its course, once or in every phase."""
-        found = [(start, stop) for start, stop in self.spans() if start < stop]
-        return found if self.lr_schedule == "phases" else [(0, self.iterations)]
+        if self.lr_schedule != "phases":
+            return [(0, self.iterations)]
+        return [(start, stop) for start, stop in self.spans() if start < stop]
 
     def settings(self) -> dict:
         """The configuration as JSON holds it; two that mean the same are equal."""

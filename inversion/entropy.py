@@ -30,21 +30,18 @@ def similarity_entropy(x: Tensor, bandwidth: float, there: Tensor | None = None,
         plain: leave the gradient to autograd.
     """
     unit = F.normalize(x, dim=-1)
-    if there is None:
-        there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        whole = True
+    counts = x.new_full(x.shape[:1], x.shape[1]) if there is None else there.sum(dim=1).to(x.dtype)
+    if not plain:
+        each = _Entropy.apply(unit, bandwidth, counts, there)
     else:
-        whole = False
-    counts = there.sum(dim=1).to(x.dtype)
-    if plain:
         cosines = unit @ unit.transpose(1, 2)
-        points = _points(cosines, None if whole else there)
-        shares = (there[:, :, None] & there[:, None]).to(x.dtype) / counts.square().clamp(min=1)[:, None, None]
+        points = _points(cosines, there)
         kernels = (-0.5 * ((cosines - points.view(-1, 1, 1, 1)) / bandwidth).square()).exp()
-        density = (kernels * shares).flatten(2).sum(dim=2) / (bandwidth * math.sqrt(2 * math.pi)) + FLOOR
+        if there is not None:
+            kernels = kernels * (there[:, :, None] & there[:, None])
+        height = 1 / (bandwidth * math.sqrt(2 * math.pi) * counts.square().clamp(min=1))
+        density = kernels.flatten(2).sum(dim=2) * height + FLOOR
         each = torch.trapezoid(-density * density.log(), points, dim=0)
-    else:
-        each = _Entropy.apply(unit, bandwidth, counts, None if whole else there)
     return (each * (counts > 0)).sum() / (counts > 0).sum().clamp(min=1)
 
 

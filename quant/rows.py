@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,9 +35,6 @@ class Rows(Sequence):
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self.first(self.batch_size, number * self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return (self[number] for number in range(len(self)))
 
     def first(self, count: int, start: int = 0) -> tuple[Tensor, ...]:
         """The images from `start` on, at most `count`."""

@@ -382,7 +382,8 @@ def test_the_entropy_of_similarities_is_of_windows_of_kept_tokens(counted):
     positions, losses = some(sparse, 2, 4), []
     patches = sparse.grid.taken(images_of(vit), positions).requires_grad_()
     output = sparse(patches, positions, return_inside=True)
-    losses.append(term(LossInputs(output, None, None, None, sparse.grid)))
+    canvas = PatchCanvas(sparse.grid, patches, positions)
+    losses.append(term(LossInputs(output, None, canvas, None, sparse.grid)))
     each = []
     for x, heads, *_, there in output.inside:
         x = x.unflatten(-1, (heads, -1)).mean(dim=2)

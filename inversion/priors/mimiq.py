@@ -42,7 +42,7 @@ class InterHeadSimilarity(Loss):
             for inside in inputs.output.inside
             if inside.queries.shape[1] > 1
         ]
-        return mean_unlike(blocks, inputs.canvas is not None and inputs.canvas.plain)
+        return mean_unlike(blocks, inputs.canvas.plain)
 
 
 class ScaledTotalVariation(Loss):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term, precise
 from utils.cli import rate
+from utils.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from models import SparseImages
@@ -44,8 +44,7 @@ class PatchSimilarityEntropy(Loss):
         total = 0.0
         for inside in inputs.output.inside:
             patches = precise(inside.attended[:, self.prefix :]).unflatten(-1, (inside.heads, -1)).mean(dim=2)
-            plain = inputs.canvas is not None and inputs.canvas.plain
-            total = total - similarity_entropy(patches, self.bandwidth, inside.present, plain)
+            total = total - similarity_entropy(patches, self.bandwidth, inside.present, inputs.canvas.plain)
         return total
 
 
@@ -57,8 +56,6 @@ class TargetedVariation(Loss):
     """
 
     def begin(self, earlier: SparseImages | None, generator: torch.Generator, images: int) -> None:
-        from utils.lazy import torch
-
         low, high = TV_RANGE
         self.target = low + (high - low) * torch.rand((), generator=generator).item()
 
