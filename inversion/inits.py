@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 GREY = 0.9
 """Share of pink noise's variance that the channels have in common."""
+LEAVES = 30
+"""Shapes in an image of dead leaves, at most."""
 
 
 def white(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
@@ -37,4 +39,50 @@ def pink(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
     return GREY**0.5 * pixels[:, :1] + (1 - GREY) ** 0.5 * pixels[:, 1:]
 
 
-INITS: dict[str, Callable[[tuple[int, int, int, int], Generator], Tensor]] = {"white": white, "pink": pink}
+def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
+    """Dead leaves: shapes of one colour each, shaded and grained, the smaller ones in front of the larger.
+
+    Why photographs have the spectrum that they have: objects hide objects, and sizes follow a power law (Lee, Mumford
+    and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, learn from such images). So there are edges, things and grounds
+    to begin with. 4 to 30 ellipses and rectangles, radii of 0.06 to 0.5 of the shorter side with a density as
+    r^-3; pixels of a mean near 0 and a variance near 1.
+    """
+    batch, channels, height, width = shape
+    side = min(height, width)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(batch, *size, generator=generator)
+
+    def colours(count: int) -> Tensor:
+        both = torch.randn(batch, count, 1 + channels, 1, 1, generator=generator)
+        return 0.8 * both[:, :, :1] + 0.35 * both[:, :, 1:]
+
+    grain = pink(shape, generator)
+    number = torch.randint(4, LEAVES + 1, (batch, 1), generator=generator)
+    radii = (1 / (1 / 0.06**2 - uniform(LEAVES) * (1 / 0.06**2 - 1 / 0.5**2))).sqrt() * side
+    radii = torch.where(torch.arange(LEAVES) < number, radii, 0).sort(dim=1, descending=True).values
+    centres, angles, flatness = uniform(LEAVES, 2), uniform(LEAVES) * torch.pi, 0.3 + 0.7 * uniform(LEAVES)
+    boxes = uniform(LEAVES, 1, 1) < 1 / 3
+    shading = torch.randn(batch, LEAVES, 1, 1, generator=generator) * 0.4
+    grained, ground = uniform(LEAVES + 1, 1, 1, 1) * 0.4, colours(1)
+    colour = colours(LEAVES)
+    rows, cols = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
+    pixels = ground[:, 0] + grained[:, -1] * grain
+    for leaf in range(int(number.max())):
+        radius, flat = radii[:, leaf, None, None], flatness[:, leaf, None, None]
+        sine, cosine = (f(angles[:, leaf])[:, None, None] for f in (torch.sin, torch.cos))
+        y, x = rows - centres[:, leaf, :1, None] * height, cols - centres[:, leaf, 1:, None] * width
+        along, across = x * cosine + y * sine, (y * cosine - x * sine) / flat
+        far = torch.where(boxes[:, leaf], torch.maximum(along.abs(), across.abs()), torch.hypot(along, across))
+        # A pixel and a half from clear to covered; one of no radius covers nothing.
+        covers = torch.where(radius > 0, ((radius - far) / 1.5).sigmoid(), 0.0)[:, None]
+        shade = (along / radius.clamp(min=1) * shading[:, leaf])[:, None]
+        pixels = pixels.lerp(colour[:, leaf] + shade + grained[:, leaf] * grain, covers)
+    return pixels
+
+
+INITS: dict[str, Callable[[tuple[int, int, int, int], Generator], Tensor]] = {
+    "white": white,
+    "pink": pink,
+    "leaves": leaves,
+}

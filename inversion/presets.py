@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "transfer": {
         "prior": ["deepinversion"],
         "strategy": "dense",
-        "iterations": 30,
-        "init": "pink",
+        "iterations": 10,
+        "init": "leaves",
         "lr_schedule": "cosine",
         "views": ["roll", "flip", "crop", "colour"],
         "tv2": 1e-3,

@@ -9,9 +9,14 @@ from models import PatchGrid, SparseImages
 from utils.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Generator
+    from torch import Generator, Tensor
 
     Augmentation = Callable[[SparseImages, PatchGrid, Generator], SparseImages]
+
+SMALLEST_CROP = 0.35
+"""Share of an image that is enlarged, at least."""
+TRACE = 1e-4
+"""Weight of kept pixels below which there are none."""
 
 
 def flip(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
@@ -97,6 +102,83 @@ def collage(images: SparseImages, grid: PatchGrid, generator: Generator) -> Spar
     return SparseImages(patches[rows, mixed], both[rows, mixed], images.labels)
 
 
+def crop(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Enlarge a part of each image to all of it: a share from U(0.35, 1) of its shape, anywhere in it; bilinear.
+
+    Kept patches are seen where they land. Fed are the places that they cover at least half of, as many of every image
+    as the one with the fewest has; an image that would be left with fewer than half of its patches stays as it was.
+    """
+    side = (SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(len(images), generator=generator)).sqrt()
+    place = torch.rand(2, len(images), generator=generator)
+
+    def cropped(side: Tensor) -> tuple[Tensor, Tensor]:
+        lines = (_enlarging(side, at, size) for at, size in zip(place, grid.image_size, strict=True))
+        return _resampled(images, grid, *lines)
+
+    patches, cover = cropped(side)
+    few = 2 * (cover >= 0.5).sum(dim=1) < images.positions.shape[1]
+    if few.any():
+        patches, cover = cropped(torch.where(few, 1.0, side))
+    count = int((cover >= 0.5).sum(dim=1).min())
+    positions = cover.argsort(dim=1, descending=True, stable=True)[:, :count]
+    rows = torch.arange(len(images))[:, None]
+    return SparseImages(patches[rows, positions], positions, images.labels)
+
+
+def blur(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Blur each image by a Gaussian of a standard deviation from U(0, 1/7) of a patch, over kept pixels alone."""
+    deviation = torch.rand(len(images), generator=generator) / 7
+    lines = (
+        _blurring(deviation * patch, size)
+        for patch, size in zip((grid.height, grid.width), grid.image_size, strict=True)
+    )
+    patches, _ = _resampled(images, grid, *lines)
+    rows = torch.arange(len(images))[:, None]
+    return SparseImages(patches[rows, images.positions], images.positions, images.labels)
+
+
+def colour(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseImages:
+    """Scale each normalized channel by a factor from U(0.6, 1.4), move it by one from U(-0.4, 0.4); not how opaque."""
+    colours, opacity = images.patches[:, :, :3], images.patches[:, :, 3:]
+    factor, offset = torch.rand(2, len(images), 1, colours.shape[2], 1, 1, generator=generator) * 0.8
+    patches = torch.cat([colours * (0.6 + factor) + (offset - 0.4), opacity], dim=2)
+    return SparseImages(patches, images.positions, images.labels)
+
+
+def _enlarging(side: Tensor, place: Tensor, size: int) -> Tensor:
+    """Weights (B, size, size) by which lines of a part are read bilinearly, pixels beyond the border as those at it.
+
+    `side` (B,): of the part, a share of the image's; `place` (B,): of the part in the room that it leaves, in [0, 1].
+    """
+    lines = torch.arange(size)
+    read = ((1 - side) * place * size)[:, None] + (lines + 0.5) * side[:, None] - 0.5
+    return (1 - (read.clamp(0, size - 1)[:, :, None] - lines).abs()).clamp(min=0)
+
+
+def _blurring(deviation: Tensor, size: int) -> Tensor:
+    """Weights (B, size, size) of Gaussians of these standard deviations (B,) in pixels, beyond the border none."""
+    lines = torch.arange(size)
+    away = (lines[:, None] - lines) / deviation.clamp(min=1e-3)[:, None, None]
+    weights = torch.exp(-away.square() / 2)
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _resampled(images: SparseImages, grid: PatchGrid, down: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Full grids (B, N, C, height, width) of weighted means over kept pixels, and the share (B, N) that these cover.
+
+    Where none is near, a pixel is the mean of its patch.
+
+    `down` (B, H, H), `right` (B, W, W): the weights of lines and of columns.
+    """
+    pixels, kept = (
+        down[:, None].to(each.dtype) @ grid.unpatchify(each, images.positions) @ right[:, None].mT.to(each.dtype)
+        for each in (images.patches, torch.ones_like(images.patches))
+    )
+    pixels, kept = grid.patchify(pixels), grid.patchify(kept)
+    mean = pixels.sum(dim=(3, 4), keepdim=True) / kept.sum(dim=(3, 4), keepdim=True).clamp(min=TRACE)
+    return torch.where(kept > TRACE, pixels / kept.clamp(min=TRACE), mean), kept.mean(dim=(2, 3, 4))
+
+
 AUGMENTATIONS: dict[str, Augmentation] = {
     "flip": flip,
     "shift": shift,
@@ -107,6 +189,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "noise": noise,
     "drop": drop,
     "collage": collage,
+    "crop": crop,
+    "blur": blur,
+    "colour": colour,
 }
 
 

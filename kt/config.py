@@ -13,6 +13,17 @@ from utils.errors import UserError
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
 KEPT = ("last", "agreement")
+PRESETS: dict[str, dict[str, object]] = {
+    "transfer": {
+        "epochs": 10,
+        "steps": 200,
+        "eval_every": 10,
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
+        "augment": ("flip", "crop", "blur", "colour"),
+    },
+}
+"""What `--preset` says of a student's lessons, besides of the images; flags that are given win."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,21 @@ class DistillConfig:
     )
     held_back: int = setting(32, "images that --keep_student agreement looks at and nobody learns from", type=positive)
     seed: int = 42
+
+    @classmethod
+    def of_preset(cls, preset: str | None, student: StudentConfig, **given: object) -> DistillConfig:
+        """The lessons of a preset for this student, a head alone or all of it; what is `given` wins.
+
+        Raises `UserError` for values that cannot be.
+        """
+        said = dict(PRESETS.get(preset, {}))
+        if said and student.finetune == "linear":
+            said["lr"] = 3e-3
+            if student.name is None and "match" not in given:  # what reuse is for
+                said["reuse"] = 8
+        elif said:
+            said["lr"] = 1e-4 if student.init == "pretrained" else 1e-3
+        return cls(**(said | given))
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -1,4 +1,4 @@
-"""Post-training quantization of a Vision Transformer, simulated with torch's fake-quantize operators.
+"""Post-training quantization of a Vision Transformer, simulated to the bit as torch's fake-quantize operators do.
 
 `quantize` makes a quantized copy from calibration images, a `QuantConfig` says how, `save_quantized` and
 `load_quantized` keep it. `OBSERVERS` are the ways to choose ranges.

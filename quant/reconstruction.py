@@ -26,7 +26,7 @@ from models import SparseImages, SparseViT
 from quant.config import QuantConfig
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES
-from quant.quantizers import ActivationQuantizer
+from quant.quantizers import ActivationQuantizer, uniform
 from quant.rows import outputs
 from quant.stages import Stage, walk
 from utils.errors import UserError
@@ -59,7 +59,7 @@ class AdaptiveRounding(nn.Module):
 
     def share(self) -> Tensor:
         """h: how far each weight is rounded up, 0 to 1."""
-        return (self.raised.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+        return _Share.apply(self.raised)
 
     def weight(self, share: Tensor) -> Tensor:
         """The weight (out, in) that is rounded up by `share`."""
@@ -72,6 +72,23 @@ class AdaptiveRounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.shared = self.share()
         return F.linear(x, self.weight(self.shared), self.bias)
+
+
+class _Share(torch.autograd.Function):
+    """`AdaptiveRounding.share` in few passes over the weights, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx, raised: Tensor) -> Tensor:
+        sigmoid = raised.sigmoid()
+        stretched = (sigmoid * 1.2).sub_(0.1)
+        ctx.save_for_backward(sigmoid, stretched)
+        return F.hardtanh(stretched, 0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        sigmoid, stretched = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(grad, stretched, 0, 1)
+        return torch.ops.aten.sigmoid_backward(inside, sigmoid).mul_(1.2)
 
 
 class _Undecided(torch.autograd.Function):
@@ -101,20 +118,40 @@ class LearnedQuantizer(nn.Module):
         self.log_scale = nn.Parameter(quantizer.scale.log())
 
     def forward(self, x: Tensor) -> Tensor:
+        kept = _coins(x, self.generator)
         if isinstance(self.quantizer, ActivationQuantizer):
-            spread = self.quantizer.spread
-            scale, zero_point = spread(self.log_scale.exp()), spread(self.quantizer.zero_point)
-            level = (x / scale + zero_point).clamp(self.quantizer.low, self.quantizer.high)
-            out = (level + (level.round() - level).detach() - zero_point) * scale
-        else:
-            out = x + (self.quantizer(x) - x).detach()
-        return torch.where(_coins(x, self.generator), x, out)
+            return _DroppedUniform.apply(x, self.log_scale, self.quantizer, kept)
+        return x + (self.quantizer(x.detach()) - x.detach()).lerp_(torch.zeros_like(x), kept)
 
     def learned(self) -> nn.Module:
         """The quantizer with the scale that was learned."""
         if isinstance(self.quantizer, ActivationQuantizer):
             self.quantizer.scale = self.log_scale.detach().exp()
         return self.quantizer
+
+
+class _DroppedUniform(torch.autograd.Function):
+    """Uniform quantization with a learned scale (LSQ, eq. 2 and 3) of the values that are not `kept` (0 or 1, as `x`).
+
+    Straight through within the range. By the logarithm of the scale what is rounded changes by its rounding error, what
+    is clipped by the end of the range.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_scale: Tensor, quantizer: ActivationQuantizer, kept: Tensor) -> Tensor:
+        scale, zero_point = quantizer.spread(log_scale.exp()), quantizer.spread(quantizer.zero_point)
+        low, high = ((end - zero_point) * scale for end in (quantizer.low, quantizer.high))
+        rounded = uniform(x, scale, zero_point, quantizer.low, quantizer.high)
+        out = torch.lerp(rounded, x, kept)
+        passes = torch.maximum(kept, ((x >= low) & (x <= high)).to(x.dtype))
+        ctx.dims = [dim for dim in range(x.ndim) if quantizer.heads is None or dim != 1]
+        ctx.save_for_backward(passes, torch.addcmul(out, x, passes, value=-1))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        passes, by_scale = ctx.saved_tensors
+        return grad * passes, by_scale.mul(grad).sum(ctx.dims), None, None
 
 
 @dataclass(frozen=True)
@@ -208,7 +245,10 @@ def _reconstruct_stage(
     start = time.monotonic()
     with _learning(stage, reference, quantized, fitted, generator) as (roundings, scales):
         groups = [([rounding.raised for rounding in roundings], ROUNDING_LR), (scales, SCALE_LR)]
-        optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in groups if params])
+        optimizer = torch.optim.Adam(
+            [{"params": params, "lr": lr} for params, lr in groups if params],
+            fused=quantized.device.type in ("cpu", "cuda"),
+        )
         for step in range(config.reconstruct_steps):
             progress = step / config.reconstruct_steps
             if seconds is not None:
@@ -264,10 +304,10 @@ def _mixed(full: Tensor, quantized: Tensor, generator: torch.Generator) -> Tenso
     """What the full-precision model gives, at a random half of the places, what the quantized one gives elsewhere."""
     if not full.is_floating_point():  # positions, which are the same
         return full
-    return torch.where(_coins(full, generator), full, quantized)
+    return torch.lerp(quantized, full, _coins(full, generator))
 
 
 def _coins(like: Tensor, generator: torch.Generator) -> Tensor:
-    """True or False with equal chances, for every value of a tensor: eight out of one random integer."""
+    """0 or 1 with equal chances, for every value of a tensor and in its format: eight out of one random integer."""
     drawn = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(generator=generator)
-    return drawn.view(torch.uint8)[: like.numel()].bitwise_and_(1).view(torch.bool).view(like.shape)
+    return drawn.view(torch.uint8)[: like.numel()].bitwise_and_(1).view(like.shape).to(like.dtype)

@@ -198,6 +198,16 @@ def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
         assert all(row <= found.keys() for found in report["rows"])
 
 
+def test_steps_of_reconstruction_are_timed_on_the_bundled_model(tmp_path):
+    flags = ("--images", 8, "--steps", 2, "--repeats", 2, "--output", tmp_path)
+    result = run_script("scripts/bench/bench_reconstruction.py", *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    plain, ours = report["seconds_a_block"]["plain code"], report["seconds_a_block"]["here"]
+    assert report["over_plain"] == pytest.approx([a / b for a, b in zip(plain, ours, strict=True)])
+    assert len(ours) == 2 and min(ours) > 0
+
+
 def test_steps_of_distillation_are_timed_on_the_bundled_model(tmp_path):
     result = run_script("scripts/bench/bench_transfer.py", "--batch", 2, "--repeats", 1, "--output", tmp_path)
     assert result.returncode == 0, result.stderr

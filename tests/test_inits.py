@@ -28,6 +28,22 @@ def test_pink_noise_has_the_spectrum_and_the_brightness_of_natural_images(size):
     assert channels[0, 1].item() == pytest.approx(0.9, abs=0.03)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(3, (64, 64)), (1, (31, 48))])
+def test_dead_leaves_have_things_and_grounds(channels, size):
+    """Edges between flat areas: few large differences of neighbours and many small ones, where noise has neither."""
+    made, noise = (INITS[name]((64, channels, *size), torch.Generator().manual_seed(0)) for name in ("leaves", "pink"))
+    assert made.shape == noise.shape and made.isfinite().all()
+    assert abs(made.mean()) < 0.2 and 0.4 < made.var() < 1.6
+    heavy_tails = {}
+    for name, images in (("leaves", made), ("pink", noise)):
+        differences = images.diff(dim=-1).flatten(1)
+        heavy_tails[name] = (differences.pow(4).mean(dim=1) / differences.square().mean(dim=1).square()).median()
+    assert heavy_tails["leaves"] > 3.5 > 3.2 > heavy_tails["pink"]  # 3 of a normal distribution
+    again = INITS["leaves"]((64, channels, *size), torch.Generator().manual_seed(0))
+    assert torch.equal(made, again)
+    assert len({image.mean().item() for image in made}) == 64
+
+
 def test_images_start_from_the_noise_that_was_asked_for():
     shown = {}
     for name in INITS:

@@ -53,6 +53,44 @@ def test_activations_are_rounded_per_tensor_asymmetrically(bits, shift):
     assert quantizer(torch.zeros(1)) == 0
 
 
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_simulation_on_a_cpu_is_torchs_to_the_bit(bits, symmetric, heads):
+    """Edges between two codes too, where an odd zero point added before rounding would change the even one."""
+    quantizer = ActivationQuantizer(bits, None, symmetric, heads)
+    shape = () if heads is None else (heads,)
+    for scale in (0.125, 0.037, 3e-3):
+        zero_point = torch.zeros(shape) if symmetric else torch.randint(0, 2**bits, shape)
+        quantizer.fix(torch.full(shape, scale) * (1 + torch.rand(shape)), zero_point.int())
+        edges = (torch.arange(-300, 300) + 0.5)[:, None] * quantizer.scale.reshape(1, -1)
+        x = torch.cat([edges, torch.randn(5000, edges.shape[1]) * scale * 2**bits]).T.reshape(1, edges.shape[1], -1, 8)
+        if heads is None:
+            expected = torch.fake_quantize_per_tensor_affine(
+                x, quantizer.scale, quantizer.zero_point, quantizer.low, quantizer.high
+            )
+        else:
+            expected = torch.fake_quantize_per_channel_affine(
+                x, quantizer.scale, quantizer.zero_point, 1, quantizer.low, quantizer.high
+            )
+        before = x.clone()
+        assert torch.equal(quantizer(x), expected)
+        assert torch.equal(x, before)
+
+    x = torch.tensor([[[[-100.0, 0.0, 100.0]]]]).expand(1, heads or 1, 1, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(quantizer(x).sum(), x)  # straight through within the range
+    assert torch.equal(gradient, torch.tensor([0.0, 1.0, 0.0]).expand_as(x))
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_what_is_no_number_stays_none(heads):
+    quantizer = ActivationQuantizer(4, None, heads=heads)
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.3]).view(1, 2, 2, 1)
+    out = quantizer(x).flatten()
+    assert out[0].isnan()
+    assert torch.equal(out[1:], torch.tensor([15.0, 0.0, 0.0]))
+
+
 def test_min_max_is_over_all_tensors_and_a_tensor_of_zeros_counts_as_seen():
     """Defect: ranges treated "max == 0" as "not seen yet", and forgot what came before."""
     observer = MinMaxObserver()

@@ -12,7 +12,7 @@ from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES, Fisher
 from quant.quantizers import ActivationQuantizer
-from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer
+from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer, _coins
 from quant.sensitivity import sensitivity
 from quant.stages import Stage, stages, walk
 from tests.conftest import tiny_vit, whole_images
@@ -112,6 +112,41 @@ def test_a_learned_scale_has_the_gradient_of_lsq():
                 break
         (found,) = torch.autograd.grad(out.sum(), learned.log_scale)
         assert found.item() == pytest.approx(0.5 * gradient.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_learned_quantizer_is_what_plain_code_computes(heads, symmetric):
+    shape = () if heads is None else (heads,)
+    quantizer = ActivationQuantizer(3, None, symmetric, heads)
+    zero_point = torch.zeros(shape) if symmetric else torch.randint(1, 7, shape)
+    quantizer.fix(0.3 + torch.rand(shape), zero_point.int())
+    learned, seed = LearnedQuantizer(quantizer, torch.Generator().manual_seed(5)), torch.Generator().manual_seed(5)
+    x, weight = torch.randn(2, 3, 40, 8).mul(2).requires_grad_(), torch.randn(2, 3, 40, 8)
+    out = learned(x)
+    found = torch.autograd.grad((out * weight).sum(), [x, learned.log_scale])
+
+    scale, zero_point = quantizer.spread(learned.log_scale.exp()), quantizer.spread(quantizer.zero_point)
+    level = (x / scale + zero_point).clamp(quantizer.low, quantizer.high)
+    rounded = (level + (level.round() - level).detach() - zero_point) * scale
+    expected = torch.where(_coins(x, seed).bool(), x, rounded)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), [x, learned.log_scale])
+    torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_rounding_is_what_plain_code_computes():
+    layer = QuantizedLinear(torch.nn.Linear(9, 5), torch.nn.Identity(), 3, torch.full((5,), 0.1), rounded=False)
+    rounding = AdaptiveRounding(layer, layer.linear)
+    with torch.no_grad():
+        rounding.raised.mul_(4)  # some are decided
+    x, weight = torch.randn(4, 9), torch.randn(4, 5)
+    found = torch.autograd.grad((rounding(x) * weight).sum() + rounding.undecided(7.0), rounding.raised)
+    share = (rounding.raised.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+    assert 0 < (share % 1 == 0).float().mean() < 1
+    out = torch.nn.functional.linear(x, (rounding.floor + share) * 0.1, layer.linear.bias)
+    expected = (out * weight).sum() + (1 - (2 * share - 1).abs() ** 7).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, rounding.raised))
 
 
 def test_bias_correction_restores_the_mean_of_every_layer(vit, images):

@@ -43,6 +43,7 @@ from utils.classes import Labels
 from utils.config import DataConfig
 from utils.data import limited, load_split
 from utils.errors import UserError, UserNote
+from utils.flags import transfer_parser, transfer_task
 
 GRID = PatchGrid(4, 4, 8, 8)
 CPU = torch.device("cpu")
@@ -131,6 +132,63 @@ def test_the_learning_rate_falls_to_zero_over_all_steps():
         rates.append(distiller.optimizer.param_groups[0]["lr"])
     expected = [0.2 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert rates == pytest.approx(expected)
+
+
+def test_crop_enlarges_a_part_of_each_image():
+    """Brightness grows along rows, columns and both: enlarged, it still does, more slowly."""
+    rows, cols = torch.meshgrid(*(torch.arange(side) / side for side in GRID.image_size), indexing="ij")
+    pixels = torch.stack([rows, cols, rows + cols]).expand(16, -1, -1, -1)
+    images = SparseImages.whole(GRID, pixels, torch.zeros(16))
+    cropped = AUGMENTATIONS["crop"](images, GRID, torch.Generator().manual_seed(1))
+    assert torch.equal(cropped.positions, images.positions)
+    seen = whole(cropped)
+    for channel, dim in ((0, -2), (1, -1)):
+        slopes = seen[:, channel, 4:-4, 4:-4].diff(dim=dim) * 32
+        side = slopes.mean(dim=(1, 2))
+        torch.testing.assert_close(slopes, side[:, None, None].expand_as(slopes), rtol=1e-3, atol=1e-3)
+        assert (side >= 0.35**0.5 - 1e-3).all() and (side <= 1 + 1e-3).all() and side.std() > 0.05
+    torch.testing.assert_close(seen[:, 2], seen[:, 0] + seen[:, 1])  # the same part of every channel
+
+
+@pytest.mark.parametrize("kept", [1, 5, 14])
+def test_crop_and_blur_of_sparse_images_show_kept_pixels_alone(kept):
+    places = torch.rand(16, GRID.count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :kept]
+    patches = 3 + torch.arange(16.0)[:, None, None, None, None].expand(16, kept, 3, 8, 8)
+    images = SparseImages(patches, places, torch.zeros(16))
+    cropped = AUGMENTATIONS["crop"](images, GRID, torch.Generator().manual_seed(1))
+    count = cropped.positions.shape[1]
+    assert kept / 2 <= count <= GRID.count
+    assert all(len(row.unique()) == count for row in cropped.positions)
+    torch.testing.assert_close(cropped.patches, patches[:, :1].expand_as(cropped.patches))
+    blurred = AUGMENTATIONS["blur"](images, GRID, torch.Generator().manual_seed(1))
+    assert torch.equal(blurred.positions, places)
+    torch.testing.assert_close(blurred.patches, patches)
+
+
+def test_blur_takes_away_what_is_fine_and_colour_changes_channels_apart():
+    images = SparseImages.whole(GRID, torch.randn(64, 3, 32, 32), torch.zeros(64))
+    blurred = whole(AUGMENTATIONS["blur"](images, GRID, torch.Generator().manual_seed(1)))
+    spread = blurred.std(dim=(1, 2, 3))
+    assert spread.max() > 0.9 and spread.min() < 0.7 and blurred.mean().abs() < 0.02
+    coloured = AUGMENTATIONS["colour"](images, GRID, torch.Generator().manual_seed(1))
+    factors = coloured.patches.std(dim=(1, 3, 4)) / images.patches.std(dim=(1, 3, 4))
+    assert (factors > 0.59).all() and (factors < 1.41).all() and factors.std(dim=1).min() > 0
+
+
+def test_a_preset_says_how_a_student_learns_and_given_flags_win():
+    task = transfer_task(transfer_parser("").parse_args(["--preset", "transfer"]))
+    learning = task.distillation
+    assert (learning.augment, learning.optimizer, learning.reuse) == (("flip", "crop", "blur", "colour"), "adamw", 8)
+    assert task.images.config.init == "leaves"
+    given = ["--augment", "--lr", "0.5", "--match", "features", "--finetune", "full", "--optimizer", "sgd"]
+    learning = transfer_task(transfer_parser("").parse_args(["--preset", "transfer", *given])).distillation
+    assert (learning.augment, learning.optimizer, learning.reuse, learning.lr) == ((), "sgd", 1, 0.5)
+    assert learning.epochs == DistillConfig.of_preset("transfer", StudentConfig()).epochs == 10
+    for student, rate in ((StudentConfig(finetune="full"), 1e-4), (FROM_SCRATCH, 1e-3)):
+        assert DistillConfig.of_preset("transfer", student).lr == rate
+    assert DistillConfig.of_preset("transfer", StudentConfig("resnet10t")).reuse == 1
+    plain = transfer_task(transfer_parser("").parse_args(["--preset", "smi"])).distillation
+    assert plain == transfer_task(transfer_parser("").parse_args([])).distillation == DistillConfig()
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

@@ -72,7 +72,7 @@ def transfer_parser(description: str) -> Parser:
     parser = Parser(description)
     add_common_arguments(parser, seed=DistillConfig.seed)
     add_flags(parser, StudentConfig)
-    add_flags(parser, DistillConfig)
+    add_flags(parser, DistillConfig, unset=True)
     add = parser.add_argument
     add("--images_per_epoch", type=natural, default=100, help="images added to the pool each epoch; 0: only use it")
     add("--minutes", type=rate, metavar="M", help="instead: make images for so long, before the first epoch")
@@ -86,14 +86,15 @@ def transfer_task(args: argparse.Namespace) -> TransferTask:
     """What the flags of `transfer_parser` ask for. Raises `UserError` where they make no sense."""
     from utils.transfer_task import TransferTask
 
+    student = from_flags(StudentConfig, args)
     return TransferTask(
         **common_configs(args),
         images=source(args, inversion_config(args, args.inversion_batchsize, student="the student of the run")),
         images_per_epoch=args.images_per_epoch,
         minutes=args.minutes,
         max_images=args.max_images,
-        student=from_flags(StudentConfig, args),
-        distillation=from_flags(DistillConfig, args, seed=args.seed),
+        student=student,
+        distillation=DistillConfig.of_preset(args.preset, student, **given_flags(DistillConfig, args), seed=args.seed),
     )
 
 
@@ -125,7 +126,11 @@ def add_device_arguments(parser: Parser) -> None:
 def add_inversion_arguments(parser: Parser) -> None:
     """Preset, priors, strategy, schedule, optimizer and loss weights. None means: not given."""
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="published settings of a method; flags that are given win over them")
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="settings of a method, or what serves best; flags that are given win over them",
+    )
     about = "what images are asked to be besides of a label; default deepinversion"
     add("--prior", nargs="+", choices=PRIORS, help=about)
     add_flags(parser, InversionConfig, unset=True)
