@@ -70,7 +70,10 @@ class InversionConfig:
     weight_decay: float = setting(0.0, "AdamW's, of the pixels", type=weight)
     canvas: str = setting("pixels", "what is optimized: pixels, or coefficients scaled by 1/f", choices=CANVASES)
     init: str | None = setting(
-        None, f"noise to start from; pink has images' spectrum; default {_of_canvases('init')}", choices=INITS
+        None,
+        "what to start from: white noise, pink noise with the spectrum of photographs, leaves (shapes in front of "
+        f"shapes); default {_of_canvases('init')}",
+        choices=INITS,
     )
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Of the terms of the loss, by name."""
