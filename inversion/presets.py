@@ -11,7 +11,7 @@ from inversion.schedule import GROWTHS
 from utils.errors import UserError
 
 PRESETS: dict[str, dict[str, object]] = {
-    # Ours, by measurement (docs/results.md): what calibrates, what teaches, and what others can read.
+    # Ours, by measurement (docs/results.md, docs/transfer.md): what calibrates, what teaches, and what others can read.
     "quantize": {
         "prior": ["deepinversion"],
         "strategy": "smi",
