@@ -18,7 +18,7 @@ from models.blocks import SparseBlock
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
 from quant.export import default_opset, require_export, runtime_for
-from tests.conftest import randomize, run_script, tiny_model, tiny_vit
+from tests.conftest import exact_bytes, randomize, run_script, tiny_model, tiny_vit
 from tests.families import ALL_FAMILIES, LATE_NAMES, family_model, family_vit
 from tests.test_swin import CONFIGURATIONS, swin
 from utils.data import Digits
@@ -268,6 +268,7 @@ def test_windows_of_every_cut_are_exported(name):
         assert off.mean() < 2 * lost
 
 
+@exact_bytes
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_sums_of_every_family_are_quantized_in_int8(name):
@@ -300,6 +301,7 @@ def test_a_distilled_model_is_exported_with_both_heads():
     np.testing.assert_allclose(logits_of(vit, pixels), expected, rtol=1e-3, atol=1e-4)
 
 
+@exact_bytes
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from models.registry import save_local_dir
 from quant import QuantConfig
 from quant.export import export
 from scripts import run_onnx, train_teacher
-from tests.conftest import run_script
+from tests.conftest import exact_bytes, run_script
 from tests.odd_images import BACKGROUND, ODD, REFUSED, RGB, Odd, with_alpha
 from utils import image_files
 from utils.classes import class_numbers, labels_of
@@ -520,6 +520,7 @@ def saved_teacher(folder: Path, model: LoadedModel) -> str:
     return f"local-dir:{folder}"
 
 
+@exact_bytes
 @pytest.mark.filterwarnings("ignore::utils.errors.UserNote")
 def test_twelve_classes_are_right_from_the_folder_to_the_exported_file(tmp_path, digits, right):
     """Quantized, saved, exported and taught: every number and every name."""
