@@ -45,7 +45,7 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
     Why photographs have the spectrum that they have: objects hide objects, and sizes follow a power law (Lee, Mumford
     and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, learn from such images). So there are edges, things and grounds
     to begin with. 4 to 30 ellipses and rectangles, radii of 0.06 to 0.5 of the shorter side with a density as
-    r^-3; pixels of a mean near 0 and a variance near 1.
+    r^-3; pixels of a mean near 0 and a variance of about 0.65.
     """
     batch, channels, height, width = shape
     side = min(height, width)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from models.patches import bilinear_weights, crop_lines
 from utils.calls import canonical, parse_call
 from utils.errors import UserError
 from utils.lazy import F, torch
@@ -240,8 +241,8 @@ def enlarged(
     if positions.shape[1] < grid.count:
         side, chosen = _roomy(side, positions, place, grid)
     exact = torch.promote_types(patches.dtype, torch.float32)
-    sizes = (grid.rows, grid.height), (grid.cols, grid.width)
-    lines = [_lines(side, along, *size, exact) for along, size in zip(place.unbind(1), sizes, strict=True)]
+    axes = zip(place.to(exact).unbind(1), grid.image_size, strict=True)
+    lines = [crop_lines(side.to(exact), along, length) for along, length in axes]
     if plain or patches.device.type != "cpu" or (chosen is everywhere and patches.dtype != exact):
         return _by_weights(patches, positions, *lines, chosen, grid, plain), chosen
     return _by_points(patches, positions, *lines, chosen, grid), chosen
@@ -343,14 +344,6 @@ def _overlaps(side: Tensor, place: Tensor, count: int) -> Tensor:
     return (end - torch.maximum(start[..., None], index.to(start))).clamp(min=0)
 
 
-def _lines(side: Tensor, place: Tensor, count: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Where a crop reads its lines along one axis of `count` patches of `size` px: (B, count * size), in pixels."""
-    length, side, place = count * size, side.to(dtype), place.to(dtype)
-    line = torch.arange(length, device=side.device) + 0.5
-    read = ((1 - side) * place * length)[:, None] + line * side[:, None] - 0.5
-    return read.clamp(0, length - 1)
-
-
 def _by_weights(
     patches: Tensor, positions: Tensor, rows: Tensor, cols: Tensor, chosen: Tensor, grid: PatchGrid, plain: bool
 ) -> Tensor:
@@ -362,10 +355,7 @@ def _by_weights(
 
     image = grid.unpatchify(patches, positions) if plain else Placed.apply(patches, positions, grid)
     (batch, channels), (height, width) = image.shape[:2], grid.image_size
-    down, right = (
-        (1 - (lines[:, :, None] - torch.arange(size, device=lines.device)).abs()).clamp(min=0).to(image.dtype)
-        for lines, size in ((rows, height), (cols, width))
-    )
+    down, right = (bilinear_weights(lines, size).to(image.dtype) for lines, size in ((rows, height), (cols, width)))
     stretched = down @ image.transpose(1, 2).reshape(batch, height, channels * width)
     read = (stretched.view(batch, height * channels, width) @ right.transpose(1, 2)).view(
         batch, height, channels, width

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from models import PatchGrid, SparseImages
+from models.patches import bilinear_weights, crop_lines
 from utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def crop(images: SparseImages, grid: PatchGrid, generator: Generator) -> SparseI
     place = torch.rand(2, len(images), generator=generator)
 
     def cropped(side: Tensor) -> tuple[Tensor, Tensor]:
-        lines = (_enlarging(side, at, size) for at, size in zip(place, grid.image_size, strict=True))
-        return _resampled(images, grid, *lines)
+        axes = zip(place, grid.image_size, strict=True)
+        return _resampled(images, grid, *(bilinear_weights(crop_lines(side, at, size), size) for at, size in axes))
 
     patches, cover = cropped(side)
     few = 2 * (cover >= 0.5).sum(dim=1) < images.positions.shape[1]
@@ -143,16 +144,6 @@ def colour(images: SparseImages, grid: PatchGrid, generator: Generator) -> Spars
     factor, offset = torch.rand(2, len(images), 1, colours.shape[2], 1, 1, generator=generator) * 0.8
     patches = torch.cat([colours * (0.6 + factor) + (offset - 0.4), opacity], dim=2)
     return SparseImages(patches, images.positions, images.labels)
-
-
-def _enlarging(side: Tensor, place: Tensor, size: int) -> Tensor:
-    """Weights (B, size, size) by which lines of a part are read bilinearly, pixels beyond the border as those at it.
-
-    `side` (B,): of the part, a share of the image's; `place` (B,): of the part in the room that it leaves, in [0, 1].
-    """
-    lines = torch.arange(size)
-    read = ((1 - side) * place * size)[:, None] + (lines + 0.5) * side[:, None] - 0.5
-    return (1 - (read.clamp(0, size - 1)[:, :, None] - lines).abs()).clamp(min=0)
 
 
 def _blurring(deviation: Tensor, size: int) -> Tensor:

@@ -68,11 +68,12 @@ def pack_blocks(vit: SparseViT, dtype: torch.dtype) -> None:
     """Replace, in place, every block but the last that can be packed; the weights of the others are not touched.
 
     The last block is left as it is: it may be asked for the CLS token alone, or for its attention. So are all in number
-    formats that oneDNN does not multiply on every CPU.
+    formats that oneDNN does not multiply on this CPU.
     """
     if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
         return
-    if dtype not in (torch.float32, torch.bfloat16):
+    packs_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (dtype == torch.float32 or (dtype == torch.bfloat16 and packs_bfloat16)):
         return
     for index, block in enumerate(vit.blocks[:-1]):
         if PackedBlock.fits(block):

@@ -182,3 +182,21 @@ class SparseImages:
     def batches(self, size: int) -> list[SparseImages]:
         """The same images in batches of at most `size`."""
         return [self.at(slice(first, first + size)) for first in range(0, len(self), size)]
+
+
+def crop_lines(side: Tensor, place: Tensor, length: int) -> Tensor:
+    """Where an enlarged part of an image reads its lines along one axis: (B, length), in pixels, none past the border.
+
+    Args:
+        side: (B,), of the part, a share of the image's.
+        place: (B,), of the part in the room that it leaves, in [0, 1].
+        length: pixels along the axis.
+    """
+    line = torch.arange(length, device=side.device) + 0.5
+    read = ((1 - side) * place * length)[:, None] + line * side[:, None] - 0.5
+    return read.clamp(0, length - 1)
+
+
+def bilinear_weights(lines: Tensor, length: int) -> Tensor:
+    """Of each of `length` pixels in what is read at `lines` (B, n): (B, n, length)."""
+    return (1 - (lines[:, :, None] - torch.arange(length, device=lines.device)).abs()).clamp(min=0)

@@ -14,7 +14,6 @@ from torch import nn
 
 from models import LoadedModel, PatchGrid, SparseImages
 from models.registry import Preprocessing
-from utils.device import multiplies_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,17 +82,3 @@ def run_script(*args: object, cwd: Path = ROOT, timeout: float = 120) -> subproc
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-NO_BFLOAT16 = ("bf16 path needs the cpu support", "bfloat16: this CPU has no AVX512")
-exact_bytes = pytest.mark.skipif(
-    not multiplies_bytes(), reason="without VNNI ONNX Runtime's sums of products of bytes saturate"
-)
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_call(item):
-    """Tests of packed bfloat16 layers are skipped where torch has none for this CPU."""
-    outcome = yield
-    if outcome.excinfo is not None and any(text in str(outcome.excinfo[1]) for text in NO_BFLOAT16):
-        outcome.force_exception(pytest.skip.Exception("torch packs no bfloat16 layers for this CPU"))

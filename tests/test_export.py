@@ -18,10 +18,11 @@ from models.blocks import SparseBlock
 from models.registry import Preprocessing
 from quant import QuantConfig, load_quantized, quantize, save_quantized
 from quant.export import default_opset, require_export, runtime_for
-from tests.conftest import exact_bytes, randomize, run_script, tiny_model, tiny_vit
+from tests.conftest import randomize, run_script, tiny_model, tiny_vit
 from tests.families import ALL_FAMILIES, LATE_NAMES, family_model, family_vit
 from tests.test_swin import CONFIGURATIONS, swin
 from utils.data import Digits
+from utils.device import multiplies_bytes
 from utils.errors import UserError
 
 CLASSES = list(Digits.classes)
@@ -183,14 +184,11 @@ OPTIONS = [
 
 
 def logits_of(vit: SparseViT, images: torch.Tensor, opset: int = 21) -> np.ndarray:
-    import onnxruntime
-
+    from quant.export import OnnxModel
     from quant.onnx_graph import onnx_model
 
-    session = onnxruntime.InferenceSession(
-        onnx_model(copy.deepcopy(vit), {}, opset).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {"images": images.numpy()})[0]
+    file = onnx_model(copy.deepcopy(vit), {}, opset).SerializeToString()
+    return OnnxModel(file).forward_images(images).numpy()
 
 
 @pytest.mark.usefixtures("onnx_packages")
@@ -268,7 +266,6 @@ def test_windows_of_every_cut_are_exported(name):
         assert off.mean() < 2 * lost
 
 
-@exact_bytes
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_sums_of_every_family_are_quantized_in_int8(name):
@@ -301,7 +298,6 @@ def test_a_distilled_model_is_exported_with_both_heads():
     np.testing.assert_allclose(logits_of(vit, pixels), expected, rtol=1e-3, atol=1e-4)
 
 
-@exact_bytes
 @pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
@@ -310,6 +306,8 @@ def test_a_distilled_model_is_exported_with_both_heads():
 )
 def test_a_quantized_graph_gives_nearly_the_logits_of_the_model(w_bit, a_bit, observer, symmetric):
     """Sums in another order move a value over a rounding step now and then, so not exactly."""
+    if symmetric and observer == "mse" and not multiplies_bytes():
+        pytest.skip("without VNNI ONNX Runtime's products of two int8 activations overflow")
     vit = SparseViT(tiny_vit())
     images = noise(vit, 16)
     quantized = quantize(

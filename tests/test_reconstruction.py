@@ -12,9 +12,10 @@ from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers, quantizers
 from quant.losses import LOSSES, Fisher
 from quant.quantizers import ActivationQuantizer
-from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer, _coins
+from quant.reconstruction import AdaptiveRounding, FinishedStages, LearnedQuantizer
 from quant.sensitivity import sensitivity
 from quant.stages import Stage, stages, walk
+from scripts.bench import bench_reconstruction
 from tests.conftest import tiny_vit, whole_images
 from utils.errors import UserError
 
@@ -121,15 +122,13 @@ def test_a_learned_quantizer_is_what_plain_code_computes(heads, symmetric):
     quantizer = ActivationQuantizer(3, None, symmetric, heads)
     zero_point = torch.zeros(shape) if symmetric else torch.randint(1, 7, shape)
     quantizer.fix(0.3 + torch.rand(shape), zero_point.int())
-    learned, seed = LearnedQuantizer(quantizer, torch.Generator().manual_seed(5)), torch.Generator().manual_seed(5)
+    learned = LearnedQuantizer(quantizer, torch.Generator().manual_seed(5))
     x, weight = torch.randn(2, 3, 40, 8).mul(2).requires_grad_(), torch.randn(2, 3, 40, 8)
     out = learned(x)
     found = torch.autograd.grad((out * weight).sum(), [x, learned.log_scale])
 
-    scale, zero_point = quantizer.spread(learned.log_scale.exp()), quantizer.spread(quantizer.zero_point)
-    level = (x / scale + zero_point).clamp(quantizer.low, quantizer.high)
-    rounded = (level + (level.round() - level).detach() - zero_point) * scale
-    expected = torch.where(_coins(x, seed).bool(), x, rounded)
+    learned.generator.manual_seed(5)
+    expected = bench_reconstruction.plain_quantizer(learned, x)
     torch.testing.assert_close(out, expected)
     gradients = torch.autograd.grad((expected * weight).sum(), [x, learned.log_scale])
     torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-4)
@@ -142,10 +141,10 @@ def test_learned_rounding_is_what_plain_code_computes():
         rounding.raised.mul_(4)  # some are decided
     x, weight = torch.randn(4, 9), torch.randn(4, 5)
     found = torch.autograd.grad((rounding(x) * weight).sum() + rounding.undecided(7.0), rounding.raised)
-    share = (rounding.raised.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+    share = rounding.shared = bench_reconstruction.plain_share(rounding)
     assert 0 < (share % 1 == 0).float().mean() < 1
     out = torch.nn.functional.linear(x, (rounding.floor + share) * 0.1, layer.linear.bias)
-    expected = (out * weight).sum() + (1 - (2 * share - 1).abs() ** 7).sum()
+    expected = (out * weight).sum() + bench_reconstruction.plain_undecided(rounding, 7.0)
     torch.testing.assert_close(found, torch.autograd.grad(expected, rounding.raised))
 
 

@@ -39,8 +39,6 @@ def pick_device(device: str, gpu: int = 0) -> torch.device:
 
 def pick_dtype(dtype: str, device: torch.device) -> str:
     """`auto`: bfloat16 where the hardware multiplies it (GPU; CPU with AMX or AVX512-BF16), else float32."""
-    if dtype == "bfloat16" and device.type == "cpu" and not torch.cpu._is_avx512_supported():
-        raise UserError("bfloat16: this CPU has no AVX512, which torch's packed layers need for it; take float32")
     if dtype != "auto":
         return dtype
     if device.type == "cuda":

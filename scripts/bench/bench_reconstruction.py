@@ -26,7 +26,7 @@ from torch import Tensor
 from models import DEFAULT_MODEL, SparseImages, SparseViT, load_model
 from quant import QuantConfig, quantize, reconstruction
 from quant.quantizers import ActivationQuantizer
-from quant.reconstruction import AdaptiveRounding, LearnedQuantizer
+from quant.reconstruction import AdaptiveRounding, LearnedQuantizer, _coins
 from utils.cli import Parser, positive
 from utils.device import device_name, pick_device, versions
 from utils.files import writable_folder, write_json
@@ -64,7 +64,7 @@ def plain_undecided(rounding: AdaptiveRounding, power: float) -> Tensor:
 
 def plain_quantizer(learned: LearnedQuantizer, x: Tensor) -> Tensor:
     """`LearnedQuantizer.forward`, as its formula reads."""
-    quantizer, kept = learned.quantizer, torch.rand_like(x) < 0.5
+    quantizer, kept = learned.quantizer, _coins(x, learned.generator).bool()
     if not isinstance(quantizer, ActivationQuantizer):
         return torch.where(kept, x, x + (quantizer(x) - x).detach())
     scale, zero_point = quantizer.spread(learned.log_scale.exp()), quantizer.spread(quantizer.zero_point)
