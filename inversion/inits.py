@@ -81,6 +81,24 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
     return pixels
 
 
+def matched(scores: Tensor) -> Tensor:
+    """For each image a start of its own, the surest pairs first.
+
+    Args:
+        scores: (starts, images), no fewer starts than images; how well a start suits an image.
+
+    Returns:
+        (images,), rows of `scores`, none of them twice.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    left, chosen = scores.nan_to_num(lowest, neginf=lowest), torch.empty(scores.shape[1], dtype=torch.long)
+    for _ in chosen:
+        start, image = divmod(int(left.argmax()), len(chosen))
+        chosen[image] = start
+        left[start] = left[:, image] = -torch.inf
+    return chosen
+
+
 INITS: dict[str, Callable[[tuple[int, int, int, int], Generator], Tensor]] = {
     "white": white,
     "pink": pink,

@@ -109,10 +109,11 @@ class DistillConfig:
     seed: int = 42
 
     @classmethod
-    def of_preset(cls, preset: str | None, student: StudentConfig, **given: object) -> DistillConfig:
+    def of_preset(cls, preset: str | None, student: StudentConfig, flip: bool = True, **given: object) -> DistillConfig:
         """The lessons of a preset for this student, a head alone or all of it; what is `given` wins.
 
-        Raises `UserError` for values that cannot be.
+        `flip`: whether images may be mirrored where `augment` is not given. Raises `UserError` for values that cannot
+        be.
         """
         said = dict(PRESETS.get(preset, {}))
         if said and student.finetune == "linear":
@@ -121,6 +122,8 @@ class DistillConfig:
                 said["reuse"] = 8
         elif said:
             said["lr"] = 1e-4 if student.init == "pretrained" else 1e-3
+        if not flip:
+            said["augment"] = tuple(change for change in said.get("augment", cls.augment) if change != "flip")
         return cls(**(said | given))
 
     def __post_init__(self) -> None:

@@ -191,6 +191,20 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     assert plain == transfer_task(transfer_parser("").parse_args([])).distillation == DistillConfig()
 
 
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        (["--no-flip"], ("shift",)),
+        (["--no-flip", "--preset", "transfer"], ("crop", "blur", "colour")),
+        (["--no-flip", "--augment", "mix", "flip"], ("mix", "flip")),
+        (["--flip"], ("flip", "shift")),
+        (["--views", "roll"], ("flip", "shift")),
+    ],
+)
+def test_no_flip_leaves_mirroring_out_of_the_lessons_unless_it_is_asked_for(given, changes):
+    assert transfer_task(transfer_parser("").parse_args(given)).distillation.augment == changes
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_is_reproducible_and_leaves_the_images_alone(name):
     images, before = kept_images(), kept_images()

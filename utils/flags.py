@@ -87,6 +87,7 @@ def transfer_task(args: argparse.Namespace) -> TransferTask:
     from utils.transfer_task import TransferTask
 
     student = from_flags(StudentConfig, args)
+    given = given_flags(DistillConfig, args)
     return TransferTask(
         **common_configs(args),
         images=source(args, inversion_config(args, args.inversion_batchsize, student="the student of the run")),
@@ -94,7 +95,7 @@ def transfer_task(args: argparse.Namespace) -> TransferTask:
         minutes=args.minutes,
         max_images=args.max_images,
         student=student,
-        distillation=DistillConfig.of_preset(args.preset, student, **given_flags(DistillConfig, args), seed=args.seed),
+        distillation=DistillConfig.of_preset(args.preset, student, args.flip is not False, **given, seed=args.seed),
     )
 
 
