@@ -20,13 +20,13 @@ exit_on_interrupt(__name__)
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt.augment import augmented
+from kt.augment import AUGMENTATIONS, augmented
 from models.config import ModelConfig
 from scripts.comparison import Rows
 from scripts.studies.train_judges import JudgeConfig, judge_view, judges, real_images, split_of
@@ -48,8 +48,8 @@ REFERENCE = 5_000
 """Real images that others are held against, at most half of the training images."""
 VIEWS = 4
 """Random views of an image."""
-HEAD = {"looks": 4, "ridge": 0.1}
-HEAD_AUGMENT = ("flip", "shift", "mix", "contrast", "noise")
+RIDGE = 0.1
+"""Penalty of the head's regression."""
 SLICE = 64
 """Images that the teacher is fed at once."""
 REFERENCES = ("real", "noise")
@@ -74,7 +74,14 @@ class QualityConfig:
         const="",
         metavar="BACKBONE",
     )
-    figures: tuple[str, ...] | None = setting(None, "default all that can be had, head with --head", nargs="+")
+    augment: tuple[str, ...] = setting(
+        ("flip", "shift", "mix", "contrast", "noise"),
+        "changes of the images that the head is taught; digits are not mirrored",
+        nargs="*",
+        choices=AUGMENTATIONS,
+    )
+    looks: int = setting(4, "changed copies of each image", type=positive, metavar="N")
+    figures: tuple[str, ...] | None = setting(None, "default all that can be had, some with --head", nargs="+")
     judges: str = setting("./runs/judges", "where judges are kept; what is missing is trained there", metavar="DIR")
     output: str = setting("./runs/image_quality", "where rows and tables go", metavar="DIR")
 
@@ -147,8 +154,12 @@ class Bench:
     data: DataConfig
     judges: Mapping[str, Judge]
     head: str | None = None
+    augment: tuple[str, ...] = QualityConfig.augment
+    looks: int = QualityConfig.looks
     told: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Probabilities of an image's views, by images and seed."""
+    taught: dict[tuple[str, int], Lessons] = field(default_factory=dict)
+    """Those of the last images that were asked for."""
 
     @cached_property
     def teacher(self) -> SparseViT:
@@ -203,6 +214,43 @@ class Bench:
             seen = [images.pixels] + [view(images.pixels, generator, flip) for _ in range(VIEWS)]
             self.told = {key: torch.stack([self.probabilities(pixels) for pixels in seen], dim=1)}
         return self.told[key][:, 0].argmax(1), self.told[key][:, 1:]
+
+    def lessons(self, images: Images) -> Lessons:
+        """What a student is taught with the images; the same object while these are asked for."""
+        key = images.digest, images.seed
+        if key not in self.taught:
+            self.taught = {key: Lessons(self, images)}
+        return self.taught[key]
+
+    def lesson_settings(self) -> dict[str, object]:
+        """How the head learns; digits are not mirrored."""
+        changes = [change for change in self.augment if change != "flip" or self.model.dataset != "digits"]
+        return {"looks": self.looks, "ridge": RIDGE, "augment": changes}
+
+
+@dataclass
+class Lessons:
+    """Changed copies of images, look after look, and what teacher and student make of them."""
+
+    bench: Bench
+    images: Images
+
+    @cached_property
+    def changed(self) -> list[SparseImages]:
+        """The images, filled and changed: `looks` times all of them."""
+        generator, settings = self.images.generator(), self.bench.lesson_settings()
+        grid = self.bench.model.grid
+        return [augmented(self.images.filled, grid, settings["augment"], generator) for _ in range(settings["looks"])]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The teacher's (looks N, classes)."""
+        return torch.cat([logits_of(self.bench.teacher, one) for one in self.changed])
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The student backbone's (looks N, D)."""
+        return torch.cat([features_of(self.bench.student, one) for one in self.changed])
 
 
 def view(images: Tensor, generator: Generator, flip: bool) -> Tensor:
@@ -310,15 +358,34 @@ def head(bench: Bench, images: Images) -> float:
     The backbone is frozen: its features are computed once for each of some drawn changes of the images, and the head is
     the ridge regression from them, which no draw of batches disturbs.
     """
-    backbone, settings = bench.student, head_settings(bench.model)
-    generator, features, wanted = images.generator(), [], []
-    for _ in range(settings["looks"]):
-        changed = augmented(images.filled, bench.model.grid, settings["augment"], generator)
-        features.append(features_of(backbone, changed))
-        wanted.append(logits_of(bench.teacher, changed))
-    tested, labels = bench.test_features
-    told = ridge(torch.cat(features), torch.cat(wanted), tested, settings["ridge"])
+    lessons, (tested, labels) = bench.lessons(images), bench.test_features
+    told = ridge(lessons.features, lessons.logits, tested, RIDGE)
     return 100 * (told.argmax(1) == labels).float().mean().item()
+
+
+def learnable(bench: Bench, images: Images) -> float:
+    """Per cent of changed images that a head taught with the other half of the images names as the teacher does.
+
+    Both halves in turn, split at random: how much of what the teacher says of new images the backbone's features tell.
+    """
+    lessons, count = bench.lessons(images), len(images.labels)
+    order, right = torch.randperm(count, generator=images.generator()), 0
+    for half in (order[: count // 2], order[count // 2 :]):
+        taught = torch.zeros(count, dtype=torch.bool).index_fill_(0, half, True).repeat(bench.looks)
+        told = ridge(lessons.features[taught], lessons.logits[taught], lessons.features[~taught], RIDGE)
+        right += (told.argmax(1) == lessons.logits[~taught].argmax(1)).sum().item()
+    return 100 * right / len(lessons.logits)
+
+
+def inception(bench: Bench, images: Images) -> float:
+    """Inception score (Salimans et al., NeurIPS 2016) of the changed images, by the teacher.
+
+    The exponential of the mutual information of a changed image and the teacher's answer: near the number of classes
+    where every answer is sure and every class is as frequent.
+    """
+    p = bench.lessons(images).logits.double().softmax(1)
+    entropy = torch.special.entr
+    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).exp().item()
 
 
 def ridge(features: Tensor, wanted: Tensor, tested: Tensor, penalty: float) -> Tensor:
@@ -344,11 +411,6 @@ def _outputs(vit: SparseViT, images: SparseImages, key: str) -> Tensor:
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         parts = [getattr(vit(part.patches, part.positions), key) for part in images.batches(SLICE)]
     return torch.cat(parts).float()
-
-
-def head_settings(model: LoadedModel) -> dict[str, object]:
-    """How the head learns; digits are not mirrored."""
-    return HEAD | {"augment": HEAD_AUGMENT[model.dataset == "digits" :]}
 
 
 def agreement(bench: Bench, images: Images) -> float:
@@ -381,7 +443,8 @@ def roughness(bench: Bench, images: Images) -> float:
 class Figure:
     """A figure of images: the function, a line of help, whether real images are needed, and which value is best.
 
-    `best`: `high`, `low`, or `real`, that of real images. `judge`: the one that it asks.
+    `best`: `high`, `low`, or `real`, that of real images. `judge`: the one that it asks. `student`: whether a student's
+    backbone is needed, and `taught` whether changed images are.
     """
 
     measure: Callable[[Bench, Images], float]
@@ -389,6 +452,8 @@ class Figure:
     real: bool
     best: str
     judge: str | None = None
+    student: bool = False
+    taught: bool = False
 
 
 FIGURES: dict[str, Figure] = {
@@ -398,10 +463,19 @@ FIGURES: dict[str, Figure] = {
     "spread": Figure(spread, "distance of two images of a class, 1 for real ones", True, "real", "cnn"),
     "slope": Figure(slope, "slope of log power against log frequency", True, "real"),
     "high": Figure(high, "% of power above half of the Nyquist frequency", True, "real"),
-    "head": Figure(head, "top-1 % of a linear head that they taught", True, "high"),
+    "head": Figure(head, "top-1 % of a linear head that they taught", True, "high", student=True, taught=True),
     "agreement": Figure(agreement, "% of random views with the image's answer", False, "high"),
     "sharpness": Figure(sharpness, "mean probability of that answer in the views, %", False, "high"),
     "blurred": Figure(blurred, "mean probability of the label at a third of the resolution, %", False, "high"),
+    "learnable": Figure(
+        learnable,
+        "% of changed images named as the teacher does by a head that the other half taught",
+        False,
+        "high",
+        student=True,
+        taught=True,
+    ),
+    "inception": Figure(inception, "Inception score of changed images by the teacher", False, "high", taught=True),
     "roughness": Figure(roughness, "mean difference of neighbouring pixels, % of the range", False, "low"),
 }
 
@@ -458,13 +532,13 @@ def has_data(model: LoadedModel, data: DataConfig) -> bool:
 
 
 def chosen_figures(config: QualityConfig, model: LoadedModel, data: DataConfig) -> dict[str, Figure]:
-    """Those of `--figures`, else all that can be had; `head` with `--head`."""
+    """Those of `--figures`, else all that can be had; `head` with `--head`, and no other's student without."""
     if config.figures is not None:
         names = {*config.figures} if config.head is None else {*config.figures, "head"}
     else:
-        there = has_data(model, data)
-        names = {name for name, figure in FIGURES.items() if there or not figure.real}
-        names -= {"head"} if config.head is None else set()
+        there, student = has_data(model, data), config.head is not None
+        usable = {name for name, figure in FIGURES.items() if student or not figure.student}
+        names = {name for name in usable if there or not FIGURES[name].real}
     return {name: figure for name, figure in FIGURES.items() if name in names}
 
 
@@ -474,16 +548,21 @@ def cell(bench: Bench, images: Images, name: str) -> dict[str, object]:
     if (kind := FIGURES[name].judge) is not None:
         judge = bench.judges[kind]
         found |= {"judge": judge.name, "top1": judge.top1, "reference": bench.references}
+    if FIGURES[name].student:
+        found |= {"backbone": bench.head}
+    if FIGURES[name].taught:
+        found |= bench.lesson_settings()
     if name == "head":
-        data = {"dataset": bench.data.dataset, "val_limit": bench.data.val_limit, **bench.data.reading()}
-        found |= {"backbone": bench.head, **data, **head_settings(bench.model)}
+        found |= {"dataset": bench.data.dataset, "val_limit": bench.data.val_limit, **bench.data.reading()}
     return found
 
 
-def measured(bench: Bench, config: QualityConfig, rows: Rows) -> list[dict]:
-    """The figures of every kind of images for every seed, from disk where they are there."""
+def measured(
+    bench: Bench, config: QualityConfig, rows: Rows, given: Iterable[tuple[str, Callable[[int], SparseImages]]]
+) -> list[dict]:
+    """The figures of every kind of images, as of `kinds`, for every seed, from disk where they are there."""
     found = []
-    for name, give in list(kinds(bench, config)):
+    for name, give in given:
         for seed in config.seeds:
             images = Images(name, give(seed), bench.model, seed)
             values = {}
@@ -599,8 +678,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     for name, pool in config.named_pools():  # before judges are trained
         pool_images(name, pool, config.num_images, model)
     asked = {figure.judge for figure in chosen_figures(config, model, data).values()} - {None}
-    bench = Bench(model, data, judges(model, data, trained, folder, asked), config.head)
-    found = measured(bench, config, rows)
+    bench = Bench(model, data, judges(model, data, trained, folder, asked), config.head, config.augment, config.looks)
+    found = measured(bench, config, rows, list(kinds(bench, config)))
     lines = summary(found)
     ranks = correlations(lines)
     told = tables(lines, ranks, bench.judges)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 STOPS, RATIO = (0.1, 0.2, 0.3, 0.4), 0.3
 """When patches stop, as shares of the iterations, and how many of them."""
+QUALITY = ("num_images", "seeds", "head", "augment", "looks", "figures", "judges", "output")
+"""Settings of image_quality.py that are settings here too."""
 LENGTH = Number(int, 10, 2**31 - 1, "patches stop at tenths of it")
 
 
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Make what is missing, measure it, and write the table after every cell."""
     parser = Parser(__doc__.splitlines()[0])
     add_flags(parser, GridConfig)
-    add_flags(parser, QualityConfig, only=("num_images", "seeds", "head", "figures", "judges", "output"))
+    add_flags(parser, QualityConfig, only=QUALITY)
     for kind in (ModelConfig, DataConfig, JudgeConfig):
         add_flags(parser, kind)
     add_flags(parser, RunConfig, only=("device", "gpu"))
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     config, of_model, data, trained = (
         from_flags(kind, args) for kind in (GridConfig, ModelConfig, DataConfig, JudgeConfig)
     )
-    quality = QualityConfig((), args.num_images, tuple(args.seeds), args.head, args.figures, args.judges, args.output)
+    quality = QualityConfig(**{name: getattr(args, name) for name in QUALITY})
     output, folder = writable_folder(quality.output, "--output"), writable_folder(quality.judges, "--judges")
     device = pick_device(args.device, args.gpu)
     from inversion import ImagePool, synthesize
@@ -186,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
     model, rows = load_model(of_model), Rows(output)
     asked = {figure.judge for figure in chosen_figures(quality, model, data).values()} - {None}
-    bench = Bench(model, data, judges(model, data, trained, folder, asked), quality.head)
+    bench = Bench(
+        model, data, judges(model, data, trained, folder, asked), quality.head, quality.augment, quality.looks
+    )
     found: list[dict] = []
     pictures: list[Tensor] = []
     for label, inversion in config.cells(pick_dtype("auto", device)):
