@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from utils.lazy import torch
+from utils.lazy import np, torch
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -14,6 +14,8 @@ GREY = 0.9
 """Share of pink noise's variance that the channels have in common."""
 LEAVES = 30
 """Shapes in an image of dead leaves, at most."""
+EDGE, CLEAR = 1.5, 16
+"""Pixels from clear to covered at a shape's edge, and pixels from it on that are clear."""
 
 
 def white(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
@@ -66,18 +68,26 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
     shading = torch.randn(batch, LEAVES, 1, 1, generator=generator) * 0.4
     grained, ground = uniform(LEAVES + 1, 1, 1, 1) * 0.4, colours(1)
     colour = colours(LEAVES)
-    rows, cols = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
-    pixels = ground[:, 0] + grained[:, -1] * grain
-    for leaf in range(int(number.max())):
-        radius, flat = radii[:, leaf, None, None], flatness[:, leaf, None, None]
-        sine, cosine = (f(angles[:, leaf])[:, None, None] for f in (torch.sin, torch.cos))
-        y, x = rows - centres[:, leaf, :1, None] * height, cols - centres[:, leaf, 1:, None] * width
-        along, across = x * cosine + y * sine, (y * cosine - x * sine) / flat
-        far = torch.where(boxes[:, leaf], torch.maximum(along.abs(), across.abs()), torch.hypot(along, across))
-        # A pixel and a half from clear to covered; one of no radius covers nothing.
-        covers = torch.where(radius > 0, ((radius - far) / 1.5).sigmoid(), 0.0)[:, None]
-        shade = (along / radius.clamp(min=1) * shading[:, leaf])[:, None]
-        pixels = pixels.lerp(colour[:, leaf] + shade + grained[:, leaf] * grain, covers)
+    pixels = (ground[:, 0] + grained[:, -1] * grain).contiguous()
+    # Most leaves are small, and only the part of an image that one reaches is painted: in numpy, whose calls cost less.
+    painted, noise, radii, centres, angles, flatness, boxes, shading, grained, colour = (
+        x.numpy() for x in (pixels, grain, radii, centres, angles, flatness, boxes, shading, grained, colour)
+    )
+    rows, cols = (torch.arange(side).numpy() + np.float32(0.5) for side in (height, width))
+    for image, count in enumerate(number.flatten().tolist()):
+        for leaf in range(count):
+            one = image, leaf
+            radius, down, right = radii[one], centres[one][0] * height, centres[one][1] * width
+            reach = radius * 2**0.5 + CLEAR
+            top, left = max(0, int(down - reach)), max(0, int(right - reach))
+            where = np.s_[image, :, top : int(down + reach) + 1, left : int(right + reach) + 1]
+            y, x = rows[where[2], None] - down, cols[where[3]] - right
+            sine, cosine = np.sin(angles[one]), np.cos(angles[one])
+            along, across = x * cosine + y * sine, (y * cosine - x * sine) / flatness[one]
+            far = np.maximum(abs(along), abs(across)) if boxes[one] else np.hypot(along, across)
+            covers = (1 + np.tanh((radius - far) / np.float32(2 * EDGE))) / 2
+            shade = along * (shading[one] / max(radius, 1))
+            painted[where] += covers * (colour[one] + shade + grained[one] * noise[where] - painted[where])
     return pixels
 
 

@@ -44,6 +44,15 @@ def test_dead_leaves_have_things_and_grounds(channels, size):
     assert len({image.mean().item() for image in made}) == 64
 
 
+@pytest.mark.parametrize("size", [(64, 64), (31, 48)])
+def test_a_leaf_is_painted_where_it_reaches_and_nothing_else_of_it_would_be_seen(size, monkeypatch):
+    """As if every leaf were painted on the whole image, to a seventeenth of a step of 8 bits (1 / 255 / 0.23)."""
+    made = INITS["leaves"]((32, 3, *size), torch.Generator().manual_seed(0))
+    monkeypatch.setattr("inversion.inits.CLEAR", 1000)
+    whole = INITS["leaves"]((32, 3, *size), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made, whole, rtol=0, atol=0.001)
+
+
 def test_images_start_from_the_noise_that_was_asked_for():
     shown = {}
     for name in INITS:

@@ -23,13 +23,14 @@ class Later(type(sys)):
 
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import nn
 else:
     torch, F, dist = Later("torch"), Later("torch.nn.functional"), Later("torch.distributed")
-    nn = Later("torch.nn")
+    nn, np = Later("torch.nn"), Later("numpy")
 
 
 def exports(
