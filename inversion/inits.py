@@ -14,7 +14,7 @@ GREY = 0.9
 """Share of pink noise's variance that the channels have in common."""
 LEAVES = 30
 """Shapes in an image of dead leaves, at most."""
-EDGE, CLEAR = 1.5, 16
+EDGE, CLEAR = 1.5, 14
 """Pixels from clear to covered at a shape's edge, and pixels from it on that are clear."""
 
 
@@ -78,7 +78,7 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
         for leaf in range(count):
             one = image, leaf
             radius, down, right = radii[one], centres[one][0] * height, centres[one][1] * width
-            reach = radius * 2**0.5 + CLEAR
+            reach = (radius + CLEAR) * 2**0.5  # at the corners of a rectangle
             top, left = max(0, int(down - reach)), max(0, int(right - reach))
             where = np.s_[image, :, top : int(down + reach) + 1, left : int(right + reach) + 1]
             y, x = rows[where[2], None] - down, cols[where[3]] - right
