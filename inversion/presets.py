@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, object]] = {
         "strategy": "dense",
         "iterations": 10,
         "init": "leaves",
-        "candidates": 32,
         "lr_schedule": "cosine",
         "views": ["roll", "flip", "crop", "colour"],
         "tv2": 1e-3,
