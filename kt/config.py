@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from kt.augment import AUGMENTATIONS
 from kt.match import MATCHES, parse_match
-from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting
+from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting, weight
 from utils.errors import UserError
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "ridge")
 LR_SCHEDULES = ("constant", "cosine")
 KEPT = ("last", "agreement")
 PRESETS: dict[str, dict[str, object]] = {
@@ -70,7 +70,13 @@ class DistillConfig:
     epochs: int = setting(1000, "rounds of synthesis and distillation", "--epoches", "--epochs", type=positive)
     steps: int = setting(1, "distillation steps per epoch", "--kd_steps", type=positive)
     eval_every: int = setting(1, "epochs between two evaluations", type=positive)
-    optimizer: str = setting("sgd", "of the student; sgd has momentum 0.9; weight decay is 1e-4", choices=OPTIMIZERS)
+    optimizer: str = setting(
+        "sgd",
+        "of the student; sgd has momentum 0.9, weight decay is 1e-4; ridge: after every epoch a head that learns alone "
+        "is fitted in closed form to the teacher's logits of all that was looked at",
+        choices=OPTIMIZERS,
+    )
+    ridge: float = setting(0.03, "penalty of --optimizer ridge, for features of variance 1", type=weight)
     lr: float = setting(0.1, "learning rate of the student", type=rate)
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
     temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
@@ -117,6 +123,10 @@ class DistillConfig:
         """
         said = dict(PRESETS.get(preset, {}))
         if said and student.finetune == "linear":
+            if student.name is None and not given.keys() & {"match", "optimizer", "lr", "lr_schedule", "reuse"}:
+                said |= {"optimizer": "ridge", "steps": 25}
+                del said["lr_schedule"]
+                return cls(**(said | given))
             said["lr"] = 3e-3
             if student.name is None and "match" not in given:  # what reuse is for
                 said["reuse"] = 8
@@ -132,8 +142,13 @@ class DistillConfig:
         known = {"optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "keep": KEPT, "dtype": NUMBER_FORMATS}
         for way in self.match:
             parse_match(way)
-        if len({way.partition(":")[0] for way in self.match}) < len(self.match):
+        ways = {way.partition(":")[0] for way in self.match}
+        if len(ways) < len(self.match):
             raise UserError(f"--match {' '.join(self.match)} says one of them twice")
+        if self.optimizer == "ridge" and ways != {"logits"}:
+            raise UserError(f"--match {' '.join(self.match)}: --optimizer ridge fits a head to logits alone")
+        if self.optimizer == "ridge" and self.reuse != 1:
+            raise UserError(f"--reuse {self.reuse}: --optimizer ridge uses all that was looked at already")
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]
         for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
             if value not in values:

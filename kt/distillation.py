@@ -95,6 +95,37 @@ class Memory:
         return (self.features[rows], None), ViTOutput(logits, logits)
 
 
+class Moments:
+    """Sums over all that a head was fed and the teacher's logits, in float64: what a ridge regression takes."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def add(self, features: Tensor, logits: Tensor) -> None:
+        """Count in features (B, D) and logits (B, classes), of which differences alone mean something."""
+        x, y = features.double().cpu(), (logits - logits.mean(dim=1, keepdim=True)).double().cpu()
+        more = [torch.tensor(float(len(x)), dtype=torch.float64), x.sum(0), y.sum(0), x.T @ x, x.T @ y]
+        self.sums = [a + b for a, b in zip(self.sums, more, strict=True)] if self.sums else more
+
+    def fitted(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Weights (classes, D) and biases (classes,) of the least mean squared error.
+
+        The squared weights of features of variance 1 cost `penalty` each.
+        """
+        count, x, y, xx, xy = self.sums
+        mean, offset = x / count, y / count
+        covariance = xx / count - mean[:, None] * mean
+        spread = covariance.diagonal().clamp(min=1e-12).sqrt()
+        scaled = covariance / (spread[:, None] * spread) + penalty * torch.eye(len(spread), dtype=torch.float64)
+        right = (xy / count - mean[:, None] * offset) / spread[:, None]
+        if penalty:
+            solution = torch.linalg.solve(scaled, right)
+        else:  # where features go together entirely there are several, of which this is the smallest
+            solution = torch.linalg.lstsq(scaled, right, driver="gelsd").solution
+        weights = solution.T / spread
+        return weights, offset - weights @ mean
+
+
 def tokens_if(wanted: bool) -> dict[str, bool]:
     """The argument that asks a model for its tokens."""
     return {"return_tokens": True} if wanted else {}
@@ -157,9 +188,17 @@ class Distiller:
         learns_in = torch.float32 if whole else self.dtype
         self.lesson, self.memory = Lesson(self.student, matches, learns_in, head_alone), Memory()
         self._require_reuse(student.name)
+        self.moments = None
+        if config.optimizer == "ridge":
+            self.moments, self.classifier = Moments(), student.vit.get_classifier()
+            if not head_alone or not isinstance(self.classifier, nn.Linear) or ranks() > 1:
+                raise UserError(
+                    f"--optimizer ridge is for a student of which one linear layer learns, at its end, and for one "
+                    f"process; {student.name} is not taught so"
+                )
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
-        if config.optimizer == "sgd":
+        if config.optimizer != "adamw":  # a head that is fitted takes no step
             self.optimizer = torch.optim.SGD(learning, lr=config.lr, momentum=0.9, weight_decay=1e-4)
         else:
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
@@ -219,7 +258,9 @@ class Distiller:
             # What torch says once of an RMS norm whose weights are in float32.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             for _ in range(steps):
-                total += self._step(images)
+                total += self._step(images) if self.moments is None else self._look(images)
+            if steps and self.moments is not None:
+                self._fit()
         loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise UserError(f"the distillation loss became {loss}; lower --lr, in a new --output")
@@ -244,6 +285,23 @@ class Distiller:
         self.optimizer.step()
         self.steps += 1
         return loss
+
+    @torch.no_grad()
+    def _look(self, images: SparseImages) -> Tensor:
+        """Count in what teacher and backbone say of a batch. Returns the loss of the head as it is."""
+        batch = self._batch(images)
+        fed, taught = self._within_memory(lambda: self._seen(batch), batch)
+        self.moments.add(fed[0], taught.logits)
+        self.steps += 1
+        return self.lesson(fed, taught)
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        """The head that is best for all that was looked at."""
+        weights, biases = self.moments.fitted(self.config.ridge)
+        self.classifier.weight.copy_(weights)
+        if self.classifier.bias is not None:
+            self.classifier.bias.copy_(biases)
 
     def _batch(self, images: SparseImages) -> SparseImages:
         """This rank's part of a batch: every rank draws the whole of it, from the same random numbers."""
@@ -307,6 +365,7 @@ class Distiller:
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "memory": (self.memory.features, self.memory.logits),
+            "moments": [] if self.moments is None else self.moments.sums,
             "random": self.generator.get_state(),
             "dropout": torch.get_rng_state(),
             "cuda_dropout": torch.cuda.get_rng_state_all(),
@@ -321,6 +380,8 @@ class Distiller:
         self.memory.features, self.memory.logits = (
             None if rows is None else rows.to(self.device) for rows in state["memory"]
         )
+        if self.moments is not None:
+            self.moments.sums = state["moments"]
         self.generator.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
         if len(state["cuda_dropout"]) == torch.cuda.device_count():

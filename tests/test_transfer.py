@@ -178,7 +178,7 @@ def test_blur_takes_away_what_is_fine_and_colour_changes_channels_apart():
 def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     task = transfer_task(transfer_parser("").parse_args(["--preset", "transfer"]))
     learning = task.distillation
-    assert (learning.augment, learning.optimizer, learning.reuse) == (("flip", "crop", "blur", "colour"), "adamw", 8)
+    assert (learning.augment, learning.optimizer, learning.steps) == (("flip", "crop", "blur", "colour"), "ridge", 25)
     assert task.images.config.init == "leaves"
     given = ["--augment", "--lr", "0.5", "--match", "features", "--finetune", "full", "--optimizer", "sgd"]
     learning = transfer_task(transfer_parser("").parse_args(["--preset", "transfer", *given])).distillation
@@ -187,6 +187,8 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     for student, rate in ((StudentConfig(finetune="full"), 1e-4), (FROM_SCRATCH, 1e-3)):
         assert DistillConfig.of_preset("transfer", student).lr == rate
     assert DistillConfig.of_preset("transfer", StudentConfig("resnet10t")).reuse == 1
+    stepwise = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="adamw")
+    assert (stepwise.lr, stepwise.reuse, stepwise.steps, stepwise.lr_schedule) == (3e-3, 8, 200, "cosine")
     plain = transfer_task(transfer_parser("").parse_args(["--preset", "smi"])).distillation
     assert plain == transfer_task(transfer_parser("").parse_args([])).distillation == DistillConfig()
 
@@ -885,6 +887,65 @@ def test_what_was_seen_is_kept_over_a_stop_and_no_more_than_there_is_room_for(tm
 def test_reuse_refuses_what_it_cannot_keep():
     with pytest.raises(UserError, match="--reuse 2 keeps no tokens"):
         Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
+
+
+@pytest.mark.parametrize("kind", ["head", "cnn head"])
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty):
+    """What a least squares solver gives for all looks together, the penalty as rows of its own."""
+    config = DistillConfig(batch_size=4, optimizer="ridge", ridge=penalty, dtype="float32")
+    distiller, seen = Distiller(tiny_model(), a_student(kind), config, CPU), []
+    count_in = distiller.moments.add
+    distiller.moments.add = lambda *rows: seen.append(rows) or count_in(*rows)
+    before = distiller.weights()
+    for steps in (20, 5):
+        distiller.run(kept_images(), steps)
+    moved = [key for key, value in distiller.weights().items() if not torch.equal(before[key], value)]
+    assert len(seen) == 25 and len(moved) == 2
+    x, y = (torch.cat(rows).double() for rows in zip(*seen, strict=True))
+    centred, y = x - x.mean(dim=0), y - y.mean(dim=1, keepdim=True)
+    spread = centred.square().mean(dim=0).sqrt().clamp(min=1e-6)
+    rows = torch.cat([centred / spread, (penalty * len(x)) ** 0.5 * torch.eye(x.shape[1]).double()])
+    wanted = torch.cat([y - y.mean(dim=0), torch.zeros(x.shape[1], y.shape[1]).double()])
+    told = (centred / spread) @ torch.linalg.lstsq(rows, wanted, driver="gelsd").solution + y.mean(dim=0)
+    with torch.no_grad():
+        said = distiller.lesson.student.classify(x.float()).double()
+    torch.testing.assert_close(said, told, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+
+
+def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path):
+    """Which is linear in them, so that looks at random images are enough; stopped and gone on with it is the same."""
+    config = DistillConfig(batch_size=32, epochs=4, steps=2, optimizer="ridge", ridge=0.0, dtype="float32")
+    kept, found = {}, {}
+    for name, stops in (("straight", (4,)), ("stopped", (1, 4))):
+        for epochs in stops:
+            student = tiny_model()
+            student.vit.requires_grad_(False)
+            head = student.vit.get_classifier().requires_grad_(True)
+            torch.nn.init.zeros_(head.weight)
+            (tmp_path / name).mkdir(exist_ok=True)
+            checkpoint = Checkpoint(tmp_path / name, {}, "student")
+            how = replace(config, epochs=epochs)
+            found[name] = distill(tiny_model(), student, kept_images(64), how, CPU, checkpoint=checkpoint)
+        kept[name] = student.vit.state_dict()
+    assert all(torch.equal(kept["stopped"][key], kept["straight"][key]) for key in kept["straight"])
+    assert found["straight"].history[-1]["loss"] < 1e-6 < found["straight"].history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("all", {}, "of which one linear layer learns"),
+        ("cnn", {}, "of which one linear layer learns"),
+        ("head", {"match": ("features",)}, "--match features: --optimizer ridge fits a head to logits alone"),
+        ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer ridge"),
+        ("head", {"reuse": 2}, "--reuse 2: --optimizer ridge uses all"),
+        ("head", {"ridge": -1.0}, "--ridge -1.0 is not"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(kind, settings, why):
+    with pytest.raises(UserError, match=why):
+        Distiller(tiny_model(), a_student(kind), DistillConfig(optimizer="ridge", **settings), CPU)
 
 
 def test_wrong_fast_kernels_are_noticed_and_not_used(monkeypatch):
