@@ -54,9 +54,8 @@ if TYPE_CHECKING:
 
 ROWS: dict[str, str] = {
     "preset": "",
-    "1 start": "--candidates 1",
     "8 starts": "--candidates 8",
-    "128 starts": "--candidates 128",
+    "32 starts": "--candidates 32",
     "pink noise": "--init pink",
     "5 iterations": "--iterations 5",
     "20 iterations": "--iterations 20",
