@@ -124,12 +124,11 @@ class DistillConfig:
         said = dict(PRESETS.get(preset, {}))
         if said and student.finetune == "linear":
             if student.name is None and not given.keys() & {"match", "optimizer", "lr", "lr_schedule", "reuse"}:
-                said |= {"optimizer": "ridge", "steps": 25}
-                del said["lr_schedule"]
-                return cls(**(said | given))
-            said["lr"] = 3e-3
-            if student.name is None and "match" not in given:  # what reuse is for
-                said["reuse"] = 8
+                said |= {"optimizer": "ridge", "steps": 25, "lr_schedule": "constant"}
+            else:
+                said["lr"] = 3e-3
+                if student.name is None and "match" not in given:  # what reuse is for
+                    said["reuse"] = 8
         elif said:
             said["lr"] = 1e-4 if student.init == "pretrained" else 1e-3
         if not flip:

@@ -118,7 +118,7 @@ def test_calibration_reconstruction_and_evaluation_on_the_device(observer, image
             assert IntegerLinear(layer)(x).device == CUDA
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "ridge"])  # which takes no step
 def test_a_distillation_step_on_the_device(optimizer, images, request):
     """With every change of the images; what the host waits for is what the teacher's check found, before the first
     step, and the mean loss, after the last.
