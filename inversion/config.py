@@ -75,12 +75,6 @@ class InversionConfig:
         f"shapes); default {_of_canvases('init')}",
         choices=INITS,
     )
-    candidates: int = setting(
-        1,
-        "starts drawn for each image; a batch takes those that the model is surest of, each for its label",
-        type=positive,
-        metavar="K",
-    )
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Of the terms of the loss, by name."""
     options: Mapping[str, object] = field(default_factory=dict)
@@ -250,7 +244,7 @@ class InversionConfig:
         if self.strategy != "pri":
             del same["pri_division"]
         # As in pools from before there was a choice.
-        usual = {"canvas": "pixels", "copies": 1, "candidates": 1, "phases": [], "stopped": "black"}
+        usual = {"canvas": "pixels", "copies": 1, "phases": [], "stopped": "black"}
         usual |= {"lr_end": 0.0, "weight_decay": 0.0, "soft_logits": 0.0}
         usual |= {"init": "white"} if self.canvas == "pixels" else {}
         for name in [name for name, value in usual.items() if same[name] == value]:

@@ -19,7 +19,7 @@ from inversion.canvases import CANVASES, Canvas
 from inversion.capture import CapturedStep, cuda_graphs
 from inversion.config import DEFAULT_VIEWS, InversionConfig
 from inversion.importance import IMPORTANCES, require_ranking
-from inversion.inits import INITS, matched
+from inversion.inits import INITS
 from inversion.phases import Phase
 from inversion.priors import Context, LossInputs
 from inversion.projections import Projection, parse_projection
@@ -195,8 +195,7 @@ class Inverter:
     ) -> InvertedBatch:
         config, generator = self.config, batch_generator(self.config.seed, batch_index)
         labels = draw_labels(config.targets, self.trajectories, self.vit.num_classes, generator)
-        noise = self._noise(self.trajectories, generator)
-        canvas = self._canvas(noise)
+        canvas = self._noise(self.trajectories, generator)
         drawn = [
             draw
             for span in self.spans
@@ -208,8 +207,6 @@ class Inverter:
         self.begin(batch_index, generator, self.trajectories)
         losses, finished, snapshots, stopped = LossLog(config.iterations, self.device), [], [], []
         targets = self.targets(labels, generator)
-        if config.candidates > 1:
-            canvas = self._canvas(self._surest(noise, targets, generator))
         optimizer = self.adam(canvas)
         for number, stage in enumerate(self.stages):
             more = stage.begins if number else ()
@@ -276,35 +273,10 @@ class Inverter:
             return random_distributions(labels, classes, config.soft_logits, generator).to(self.device)
         return distributions(labels, classes, config.soft_label).to(self.device)
 
-    def _noise(self, trajectories: int, generator: torch.Generator) -> Tensor:
-        """What to start from; drawn on the CPU so that a seed means the same on every device."""
-        grid = self.vit.grid
-        return INITS[self.config.init]((trajectories, grid.channels, *grid.image_size), generator)
-
-    @torch.no_grad()
-    def _surest(self, noise: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """The starts, of `candidates` for each image, that the model is surest of, each for the targets that it suits.
-
-        Images that look like anything to the model at all are far from its decisions as a rule; what comes nearest to
-        them has least to be changed.
-        """
-
-        def scores(starts: Tensor) -> Tensor:
-            patches = self._canvas(starts).patches()
-            logits = self.vit(patches.pixels.to(self.dtype), patches.positions).logits
-            return (logits.float().log_softmax(dim=1) @ targets.T.float()).cpu()
-
-        score = scores(noise)
-        for _ in range(self.config.candidates - 1):  # one set after another: of them all, those kept need memory
-            more = self._noise(len(noise), generator)
-            both, noise = torch.cat([score, scores(more)]), torch.cat([noise, more])
-            chosen = matched(both)
-            noise, score = noise[chosen], both[chosen]
-        return noise
-
-    def _canvas(self, noise: Tensor) -> Canvas:
-        """A canvas that starts from it."""
+    def _noise(self, trajectories: int, generator: torch.Generator) -> Canvas:
+        """A canvas of noise; drawn on the CPU so that a seed means the same on every device."""
         grid, kind = self.vit.grid, CANVASES[self.config.canvas]
+        noise = INITS[self.config.init]((trajectories, grid.channels, *grid.image_size), generator)
         first = torch.tensor(self.stages[0].begins, device=self.device) if self.stages[0].begins else None
         return kind.start(grid, noise.to(self.device) * kind.spread, self.limits, self.plain, first)
 
@@ -322,7 +294,7 @@ class Inverter:
     def _one_iteration(self, batch_index: int, trajectories: int) -> None:
         """The first iteration of a batch of another size, for what it takes."""
         generator = batch_generator(self.config.seed, batch_index)
-        canvas = self._canvas(self._noise(trajectories, generator))
+        canvas = self._noise(trajectories, generator)
         self.begin(batch_index, generator, trajectories)
         targets = distributions(torch.zeros(trajectories, dtype=torch.long), self.vit.num_classes, 0.0)
         draws = self.spans[0].views.draws(self.config.copies, trajectories, generator)
@@ -341,11 +313,9 @@ class Inverter:
         return [looks * sum(vit.step_flops(stage.patches) for vit in models) for stage in self.stages]
 
     def total_flops(self) -> int:
-        """Floating-point operations of one batch, the forward passes that rank patches or choose starts included."""
+        """Floating-point operations of one batch, the forward passes that rank the patches included."""
         steps = sum(stage.iterations * flops for stage, flops in zip(self.stages, self.step_flops(), strict=True))
-        starts = self.config.candidates if self.config.candidates > 1 else 0
-        looked_at = [*self.ranked, *[self.stages[0].patches] * starts]
-        return steps + self.trajectories * sum(map(self.vit.forward_flops, looked_at))
+        return steps + self.trajectories * sum(map(self.vit.forward_flops, self.ranked))
 
     def on_device(self, draws: list[Draw]) -> list[tuple[Draw, ...]] | Tensor:
         """Draws as a `stepper` takes them, those of a step together; for a recording rows of one tensor."""

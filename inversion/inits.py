@@ -68,12 +68,12 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
     shading = torch.randn(batch, LEAVES, 1, 1, generator=generator) * 0.4
     grained, ground = uniform(LEAVES + 1, 1, 1, 1) * 0.4, colours(1)
     colour = colours(LEAVES)
-    pixels = (ground[:, 0] + grained[:, -1] * grain).contiguous()
+    pixels = ground[:, 0] + grained[:, -1] * grain
     # Most leaves are small, and only the part of an image that one reaches is painted: in numpy, whose calls cost less.
     painted, noise, radii, centres, angles, flatness, boxes, shading, grained, colour = (
         x.numpy() for x in (pixels, grain, radii, centres, angles, flatness, boxes, shading, grained, colour)
     )
-    rows, cols = (torch.arange(side).numpy() + np.float32(0.5) for side in (height, width))
+    rows, cols = (np.arange(side, dtype=np.float32) + np.float32(0.5) for side in (height, width))
     for image, count in enumerate(number.flatten().tolist()):
         for leaf in range(count):
             one = image, leaf
@@ -89,24 +89,6 @@ def leaves(shape: tuple[int, int, int, int], generator: Generator) -> Tensor:
             shade = along * (shading[one] / max(radius, 1))
             painted[where] += covers * (colour[one] + shade + grained[one] * noise[where] - painted[where])
     return pixels
-
-
-def matched(scores: Tensor) -> Tensor:
-    """For each image a start of its own, the surest pairs first.
-
-    Args:
-        scores: (starts, images), no fewer starts than images; how well a start suits an image.
-
-    Returns:
-        (images,), rows of `scores`, none of them twice.
-    """
-    lowest = torch.finfo(scores.dtype).min
-    left, chosen = scores.nan_to_num(lowest, neginf=lowest), torch.empty(scores.shape[1], dtype=torch.long)
-    for _ in chosen:
-        start, image = divmod(int(left.argmax()), len(chosen))
-        chosen[image] = start
-        left[start] = left[:, image] = -torch.inf
-    return chosen
 
 
 INITS: dict[str, Callable[[tuple[int, int, int, int], Generator], Tensor]] = {

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kt.augment import augmented, drawn
 from kt.config import DistillConfig
 from kt.match import Match, distillation_loss, made
-from kt.whole import WholeStudent, classifier_parameters
+from kt.whole import WholeStudent, classifier_parameters, classifiers
 from models import DISAGREE, LoadedModel, SparseImages, SparseViT, ViTOutput, frozen_copy, near
 from utils.checkpoint import Checkpoint
 from utils.device import pick_device, pick_dtype, require_memory, within_memory
@@ -96,28 +96,33 @@ class Memory:
 
 
 class Moments:
-    """Sums over all that a head was fed and the teacher's logits, in float64: what a ridge regression takes."""
+    """Sums over all that a head was fed and the teacher's logits, in float64: what a ridge regression takes.
+
+    They stay on the device, where it has float64, so that no look waits for another.
+    """
 
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []
+        self.count, self.sums = 0, []
 
     def add(self, features: Tensor, logits: Tensor) -> None:
-        """Count in features (B, D) and logits (B, classes), of which differences alone mean something."""
-        x, y = features.double().cpu(), (logits - logits.mean(dim=1, keepdim=True)).double().cpu()
-        more = [torch.tensor(float(len(x)), dtype=torch.float64), x.sum(0), y.sum(0), x.T @ x, x.T @ y]
-        self.sums = [a + b for a, b in zip(self.sums, more, strict=True)] if self.sums else more
+        """Count in features (B, .., D) and logits (B, classes), of which differences alone mean something."""
+        where = torch.device("cpu") if features.device.type == "mps" else features.device
+        x, y = features.flatten(1).to(where).double(), logits.to(where).double()
+        y = y - y.mean(dim=1, keepdim=True)
+        more = [x.sum(0), y.sum(0), x.T @ x, x.T @ y]
+        self.count += len(x)
+        self.sums = [a + b.to(a) for a, b in zip(more, self.sums, strict=True)] if self.sums else more
 
     def fitted(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """Weights (classes, D) and biases (classes,) of the least mean squared error.
+        """Weights (classes, .. D) and biases (classes,) of the least mean squared error.
 
         The squared weights of features of variance 1 cost `penalty` each.
         """
-        count, x, y, xx, xy = self.sums
-        mean, offset = x / count, y / count
-        covariance = xx / count - mean[:, None] * mean
+        mean, offset, xx, xy = (total.cpu() / self.count for total in self.sums)
+        covariance = xx - mean[:, None] * mean
         spread = covariance.diagonal().clamp(min=1e-12).sqrt()
         scaled = covariance / (spread[:, None] * spread) + penalty * torch.eye(len(spread), dtype=torch.float64)
-        right = (xy / count - mean[:, None] * offset) / spread[:, None]
+        right = (xy - mean[:, None] * offset) / spread[:, None]
         if penalty:
             solution = torch.linalg.solve(scaled, right)
         else:  # where features go together entirely there are several, of which this is the smallest
@@ -188,19 +193,21 @@ class Distiller:
         learns_in = torch.float32 if whole else self.dtype
         self.lesson, self.memory = Lesson(self.student, matches, learns_in, head_alone), Memory()
         self._require_reuse(student.name)
-        self.moments = None
+        self.moments, self.heads = None, classifiers(student.vit)
         if config.optimizer == "ridge":
-            self.moments, self.classifier = Moments(), student.vit.get_classifier()
-            if not head_alone or not isinstance(self.classifier, nn.Linear) or ranks() > 1:
+            self.moments = Moments()
+            linear = all(isinstance(head, nn.Linear) and head.bias is not None for head in self.heads)
+            if not (head_alone and linear) or ranks() > 1:
                 raise UserError(
-                    f"--optimizer ridge is for a student of which one linear layer learns, at its end, and for one "
+                    f"--optimizer ridge is for a student of which linear layers at its end learn alone, and for one "
                     f"process; {student.name} is not taught so"
                 )
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
-        if config.optimizer != "adamw":  # a head that is fitted takes no step
+        self.optimizer = None
+        if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(learning, lr=config.lr, momentum=0.9, weight_decay=1e-4)
-        else:
+        elif config.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -297,11 +304,11 @@ class Distiller:
 
     @torch.no_grad()
     def _fit(self) -> None:
-        """The head that is best for all that was looked at."""
+        """The head that is best for all that was looked at; of two, whose mean it is, each has its token's part."""
         weights, biases = self.moments.fitted(self.config.ridge)
-        self.classifier.weight.copy_(weights)
-        if self.classifier.bias is not None:
-            self.classifier.bias.copy_(biases)
+        for head, part in zip(self.heads, weights.chunk(len(self.heads), dim=1), strict=True):
+            head.weight.copy_(len(self.heads) * part)
+            head.bias.copy_(biases)
 
     def _batch(self, images: SparseImages) -> SparseImages:
         """This rank's part of a batch: every rank draws the whole of it, from the same random numbers."""
@@ -362,10 +369,10 @@ class Distiller:
         return {
             "student": self.weights(),
             "matches": {key: value.cpu().clone() for key, value in self.lesson.matches.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "steps": self.steps,
             "memory": (self.memory.features, self.memory.logits),
-            "moments": [] if self.moments is None else self.moments.sums,
+            "moments": None if self.moments is None else (self.moments.count, [s.cpu() for s in self.moments.sums]),
             "random": self.generator.get_state(),
             "dropout": torch.get_rng_state(),
             "cuda_dropout": torch.cuda.get_rng_state_all(),
@@ -375,13 +382,14 @@ class Distiller:
         """Go on from what `state_dict` gave."""
         self.student.load_state_dict(state["student"])
         self.lesson.matches.load_state_dict(state["matches"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         self.memory.features, self.memory.logits = (
             None if rows is None else rows.to(self.device) for rows in state["memory"]
         )
         if self.moments is not None:
-            self.moments.sums = state["moments"]
+            self.moments.count, self.moments.sums = state["moments"]
         self.generator.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
         if len(state["cuda_dropout"]) == torch.cuda.device_count():

@@ -204,6 +204,10 @@ def _fill(model: nn.Module, name: str, path: str | Path, key: str | None) -> Non
 
 def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those of a timm model's last layer, or layers."""
+    return [parameter for layer in classifiers(model) for parameter in layer.parameters()]
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """A timm model's last layer, or layers."""
     found = model.get_classifier()
-    layers = found if isinstance(found, tuple | list) else (found,)
-    return [parameter for layer in layers for parameter in layer.parameters()]
+    return tuple(found) if isinstance(found, tuple | list) else (found,)

@@ -253,7 +253,7 @@ def test_mimiq_has_its_weights_optimizer_and_rolls_by_halves():
         assert {jitter.dy for jitter in jitters} == {jitter.dx for jitter in jitters} == set(range(-most, most + 1))
         assert not any(jitter.flip for jitter in jitters)
     inverter = Inverter(tiny_model(), config, CPU)
-    optimizer = inverter.adam(inverter._canvas(inverter._noise(1, seeded())))
+    optimizer = inverter.adam(inverter._noise(1, seeded()))
     assert type(optimizer) is torch.optim.AdamW
     assert (
         optimizer.defaults["weight_decay"] == torch.optim.AdamW([nn.Parameter(torch.ones(1))]).defaults["weight_decay"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inversion import ImagePool, InversionConfig, Inverter
-from inversion.inits import INITS, matched
+from inversion.inits import INITS
 from tests.conftest import tiny_model
 from utils.errors import UserError
 
@@ -69,62 +69,6 @@ def test_another_start_is_another_pool_and_the_published_one_is_where_it_was(tmp
     assert "init" not in white.config.settings()  # so that pools made before there was a choice are found
     for config in (white.config, pink.config):
         assert InversionConfig.from_settings(config.settings()).settings() == config.settings()
-
-
-def begun(**settings):
-    """The inverter of a batch of twelve, its labels, the first pixels, and what the model says of them."""
-    inverter, first = Inverter(tiny_model(), InversionConfig(**{"iterations": 1, "batch_size": 12} | settings), CPU), []
-
-    def keep(start) -> None:
-        if not first:
-            with torch.no_grad():
-                logits = inverter.vit(start.canvas.pixels, start.canvas.positions).logits
-            first.extend([start.labels, start.canvas.pixels.detach().clone(), logits.log_softmax(dim=1)])
-
-    inverter.invert(0, on_stage=keep)
-    return inverter, *first
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"init": "leaves"}, {"canvas": "spectral"}, {"strategy": "grow", "iterations": 7}, {"soft_label": 0.3}],
-    ids=lambda settings: "-".join(map(str, settings.values())) or "default",
-)
-def test_images_begin_as_the_candidates_that_the_model_is_surest_of(settings):
-    _, labels, _, likely = begun(**settings)
-    _, same, pixels, surer = begun(candidates=16, **settings)
-    assert torch.equal(labels, same)
-    assert len({image.mean().item() for image in pixels}) == 12
-    spread = (likely - likely.mean(dim=0)).std()
-    assert (surer[range(12), labels] - likely[range(12), labels]).mean() > spread
-
-
-def test_of_one_label_the_best_of_all_candidates_are_taken(monkeypatch):
-    drawn, plain = [], INITS["leaves"]
-    monkeypatch.setitem(INITS, "leaves", lambda *args: drawn.append(plain(*args)) or drawn[-1])
-    inverter, labels, _, found = begun(candidates=8, targets=("class:1",), init="leaves")
-    assert len(drawn) == 8 and set(labels.tolist()) == {1}
-    with torch.no_grad():
-        starts = [inverter._canvas(noise).patches() for noise in drawn]
-        every = torch.cat([inverter.vit(start.pixels, start.positions).logits.log_softmax(dim=1) for start in starts])
-    torch.testing.assert_close(found[:, 1].sort().values, every[:, 1].topk(12).values.sort().values)
-
-
-def test_pairs_of_the_highest_score_go_together():
-    nan, inf = float("nan"), float("inf")
-    assert matched(torch.tensor([[3.0, 9.0], [5.0, 8.0], [nan, -inf], [1.0, 2.0]])).tolist() == [1, 0]
-    assert matched(torch.tensor([[0.0, 1.0], [0.0, 7.0]])).tolist() == [0, 1]
-    assert sorted(matched(torch.full((3, 3), nan)).tolist()) == [0, 1, 2]
-
-
-def test_candidates_count_as_operations_and_one_of_them_is_no_choice(tmp_path):
-    model = tiny_model()
-    configs = [InversionConfig(iterations=1, batch_size=3, candidates=k) for k in (1, 4)]
-    one, four = (Inverter(model, config, CPU) for config in configs)
-    assert four.total_flops() - one.total_flops() == 3 * 4 * one.vit.forward_flops(one.vit.grid.count)
-    assert ImagePool(tmp_path, model, configs[0]).path != ImagePool(tmp_path, model, configs[1]).path
-    assert "candidates" not in configs[0].settings()  # so that pools made before there was a choice are found
-    assert InversionConfig.from_settings(configs[1].settings()).candidates == 4
 
 
 def test_unknown_start():

@@ -30,6 +30,7 @@ from tests.odd_images import BACKGROUND, ODD, REFUSED, RGB, Odd, with_alpha
 from utils import image_files
 from utils.classes import class_numbers, labels_of
 from utils.data import DataConfig, Digits, evaluation_loader, evaluation_set, unlabelled_files
+from utils.device import multiplies_bytes
 from utils.errors import UserError, UserNote, run_main
 from utils.evaluation import evaluate
 from utils.image_files import read_image
@@ -532,8 +533,9 @@ def test_twelve_classes_are_right_from_the_folder_to_the_exported_file(tmp_path,
     report = test_quant.main([*flags, "--export", str(tmp_path / "q.onnx")])
     assert report["fp"]["top1"] == percent(right, 2)
     assert report["quant"]["top1"] == pytest.approx(percent(right, 2), abs=3)
-    image = 100 / report["quant"]["images"]  # a value on the edge of two codes moves one, on some CPUs
-    assert report["export"]["top1"] == pytest.approx(report["quant"]["top1"], abs=1.01 * image)
+    # Where sums are made of halves, a value on the edge of two codes can move one image.
+    moved = 0 if multiplies_bytes() else 100 / report["quant"]["images"]
+    assert report["export"]["top1"] == pytest.approx(report["quant"]["top1"], abs=moved + 0.01)
     assert json.loads((tmp_path / "saved" / "quantized.json").read_text())["classes"] == NUMBERS
     files = [str(next((digits / str(digit)).iterdir())) for digit in range(10)]
     assert run_onnx.main([str(tmp_path / "q.onnx"), *files]) == NUMBERS[:10]

@@ -223,8 +223,7 @@ def test_a_projection_and_a_callback_change_what_is_optimized(model):
         Inverter(model, InversionConfig(projections=names, **dense), CPU).invert(0).images
         for names in (("clamp",), ("lowpass:cutoff=0.3,every=2",))
     )
-    canvas = Inverter(model, InversionConfig(**dense), CPU)
-    canvas = canvas._canvas(canvas._noise(3, generator())).patches()
+    canvas = Inverter(model, InversionConfig(**dense), CPU)._noise(3, generator()).patches()
     with torch.no_grad():
         canvas.pixels.copy_(rough.patches)
         LowPass(cutoff=0.3)(canvas)

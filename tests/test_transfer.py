@@ -935,8 +935,8 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
-        ("all", {}, "of which one linear layer learns"),
-        ("cnn", {}, "of which one linear layer learns"),
+        ("all", {}, "linear layers at its end learn alone"),
+        ("cnn", {}, "linear layers at its end learn alone"),
         ("head", {"match": ("features",)}, "--match features: --optimizer ridge fits a head to logits alone"),
         ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer ridge"),
         ("head", {"reuse": 2}, "--reuse 2: --optimizer ridge uses all"),

@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 ROWS: dict[str, str] = {
     "preset": "",
-    "8 starts": "--candidates 8",
-    "32 starts": "--candidates 32",
     "pink noise": "--init pink",
     "5 iterations": "--iterations 5",
     "20 iterations": "--iterations 20",
@@ -95,7 +93,7 @@ def parser() -> Parser:
 
 
 def inversions(
-    rows: Mapping[str, str], preset: str, batch: int, seeds: Sequence[int], common: Sequence[str]
+    rows: Mapping[str, str], preset: str, batch: int, seeds: Sequence[int], device: str, dtype: str
 ) -> dict[str, dict[int, InversionConfig]]:
     """How each row inverts, for each seed. Raises `UserError` where a row's flags make no sense."""
     found = {}
@@ -104,10 +102,8 @@ def inversions(
             raise UserError(f"--row {name}: that is the name of a row that is always there")
         of_row = Parser(f"--row {name}")
         add_inversion_arguments(of_row)
-        add_flags(of_row, RunConfig, only=("device", "gpu"), seed=0)
-        add_dtype_argument(of_row)
-        args = of_row.parse_args(["--preset", preset, *common, *further_flags(f"--row {name}", flags)])
-        found[name] = {}
+        of_row.set_defaults(preset=preset, device=device, dtype=dtype)
+        args, found[name] = of_row.parse_args(further_flags(f"--row {name}", flags)), {}
         for seed in seeds:
             args.seed = seed
             found[name][seed] = inversion_config(args, batch)
@@ -164,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     known = {name: ROWS[name] for name in args.only or (() if args.row else ROWS)}
     rows = known | dict(args.row or ())
     quality = QualityConfig(figures=SHOWN, **{name: getattr(args, name) for name in QUALITY})
-    common = ["--device", args.device, "--dtype", args.dtype]
-    common += [] if args.gpu is None else ["--gpu", str(args.gpu)]
-    configs = inversions(rows, args.preset, args.batch, quality.seeds, common)
+    configs = inversions(rows, args.preset, args.batch, quality.seeds, args.device, args.dtype)
     output, device = writable_folder(quality.output, "--output"), pick_device(args.device, args.gpu)
     from models import load_model
 
