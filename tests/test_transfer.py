@@ -37,7 +37,7 @@ from kt.whole import classifier_parameters
 from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
 from models.packed import PackedBlock
 from scripts import compare_kt
-from tests.conftest import ROOT, TINY_ARGS, run_script, tiny_model
+from tests.conftest import ROOT, TINY_ARGS, randomize, run_script, tiny_model
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
 from utils.config import DataConfig
@@ -913,20 +913,28 @@ def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty):
     torch.testing.assert_close(said, told, rtol=1e-3, atol=1e-3 * y.abs().max().item())
 
 
-def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path):
+def two_headed() -> LoadedModel:
+    """`tiny_model` with a distillation token."""
+    torch.manual_seed(0)
+    vit = randomize(timm.create_model("deit_tiny_distilled_patch16_224", **TINY_ARGS))
+    return replace(tiny_model(), name="two_headed", vit=vit)
+
+
+@pytest.mark.parametrize("model", [tiny_model, two_headed])
+def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
     """Which is linear in them, so that looks at random images are enough; stopped and gone on with it is the same."""
     config = DistillConfig(batch_size=32, epochs=4, steps=2, optimizer="ridge", ridge=0.0, dtype="float32")
     kept, found = {}, {}
     for name, stops in (("straight", (4,)), ("stopped", (1, 4))):
         for epochs in stops:
-            student = tiny_model()
+            student = model()
             student.vit.requires_grad_(False)
-            head = student.vit.get_classifier().requires_grad_(True)
-            torch.nn.init.zeros_(head.weight)
+            for parameter in classifier_parameters(student.vit):
+                torch.nn.init.zeros_(parameter.requires_grad_(True))
             (tmp_path / name).mkdir(exist_ok=True)
             checkpoint = Checkpoint(tmp_path / name, {}, "student")
             how = replace(config, epochs=epochs)
-            found[name] = distill(tiny_model(), student, kept_images(64), how, CPU, checkpoint=checkpoint)
+            found[name] = distill(model(), student, kept_images(64), how, CPU, checkpoint=checkpoint)
         kept[name] = student.vit.state_dict()
     assert all(torch.equal(kept["stopped"][key], kept["straight"][key]) for key in kept["straight"])
     assert found["straight"].history[-1]["loss"] < 1e-6 < found["straight"].history[0]["loss"]
