@@ -10,7 +10,7 @@ from kt.match import MATCHES, parse_match
 from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting, weight
 from utils.errors import UserError
 
-OPTIMIZERS = ("sgd", "adamw", "ridge")
+OPTIMIZERS = ("sgd", "adamw", "lbfgs")
 LR_SCHEDULES = ("constant", "cosine")
 KEPT = ("last", "agreement")
 PRESETS: dict[str, dict[str, object]] = {
@@ -72,12 +72,14 @@ class DistillConfig:
     eval_every: int = setting(1, "epochs between two evaluations", type=positive)
     optimizer: str = setting(
         "sgd",
-        "of the student; sgd has momentum 0.9, weight decay is 1e-4; ridge: after every epoch a head that learns alone "
-        "is fitted in closed form to the teacher's logits of all that was looked at",
+        "of the student; sgd has momentum 0.9, weight decay is 1e-4; lbfgs: after every epoch a head that learns alone "
+        "is the best for all that was looked at",
         choices=OPTIMIZERS,
     )
-    ridge: float = setting(0.03, "penalty of --optimizer ridge, for features of variance 1", type=weight)
-    lr: float = setting(0.1, "learning rate of the student", type=rate)
+    head_penalty: float = setting(
+        0.01, "of --optimizer lbfgs: what squared weights cost, for features of variance 1", type=weight
+    )
+    lr: float = setting(0.1, "learning rate of sgd and adamw", type=rate)
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
     temperature: float = setting(20.0, "of the soft targets; logits are divided by it", type=rate)
     augment: tuple[str, ...] = setting(("flip", "shift"), "changes of the images", nargs="*", choices=AUGMENTATIONS)
@@ -123,8 +125,9 @@ class DistillConfig:
         """
         said = dict(PRESETS.get(preset, {}))
         if said and student.finetune == "linear":
-            if student.name is None and not given.keys() & {"match", "optimizer", "lr", "lr_schedule", "reuse"}:
-                said |= {"optimizer": "ridge", "steps": 25, "lr_schedule": "constant"}
+            steps = student.name is not None or given.keys() & {"match", "lr", "lr_schedule", "reuse"}
+            if given.get("optimizer", "adamw" if steps else "lbfgs") == "lbfgs":
+                said |= {"optimizer": "lbfgs", "temperature": 8.0, "steps": 25, "lr_schedule": "constant"}
             else:
                 said["lr"] = 3e-3
                 if student.name is None and "match" not in given:  # what reuse is for
@@ -144,10 +147,10 @@ class DistillConfig:
         ways = {way.partition(":")[0] for way in self.match}
         if len(ways) < len(self.match):
             raise UserError(f"--match {' '.join(self.match)} says one of them twice")
-        if self.optimizer == "ridge" and ways != {"logits"}:
-            raise UserError(f"--match {' '.join(self.match)}: --optimizer ridge fits a head to logits alone")
-        if self.optimizer == "ridge" and self.reuse != 1:
-            raise UserError(f"--reuse {self.reuse}: --optimizer ridge uses all that was looked at already")
+        if self.optimizer == "lbfgs" and ways != {"logits"}:
+            raise UserError(f"--match {' '.join(self.match)}: --optimizer lbfgs fits a head to logits alone")
+        if self.optimizer == "lbfgs" and self.reuse != 1:
+            raise UserError(f"--reuse {self.reuse}: --optimizer lbfgs uses all that was looked at already")
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]
         for name, value, values in (*chosen, *(("augment", change, AUGMENTATIONS) for change in self.augment)):
             if value not in values:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kt.augment import augmented, drawn
 from kt.config import DistillConfig
+from kt.fit import fitted_head
 from kt.match import Match, distillation_loss, made
 from kt.whole import WholeStudent, classifier_parameters, classifiers
 from models import DISAGREE, LoadedModel, SparseImages, SparseViT, ViTOutput, frozen_copy, near
@@ -75,60 +76,34 @@ def in_float(said: ViTOutput) -> ViTOutput:
 
 
 class Memory:
-    """What a frozen backbone gave for the batches seen last, and the teacher's logits: rows of up to `SIZE` images."""
+    """What a frozen backbone gave for the batches seen last, and the teacher's logits: rows of images.
+
+    Args:
+        limit: as many are kept; None: all.
+    """
 
     SIZE = 4096
 
-    def __init__(self) -> None:
-        self.features = self.logits = None
+    def __init__(self, limit: int | None) -> None:
+        self.limit, self.parts = limit, []
 
     def add(self, features: Tensor, logits: Tensor) -> None:
         """Put a batch in; the oldest go."""
-        if self.features is not None:
-            features, logits = torch.cat([self.features, features]), torch.cat([self.logits, logits])
-        self.features, self.logits = features[-self.SIZE :], logits[-self.SIZE :]
+        self.parts.append((features, logits))
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Features (N, .., D) and logits (N, classes); None where nothing was seen."""
+        if len(self.parts) > 1:
+            self.parts = [tuple(map(torch.cat, zip(*self.parts, strict=True)))]
+        if self.parts and self.limit is not None:
+            self.parts = [tuple(rows[-self.limit :] for rows in self.parts[0])]
+        return self.parts[0] if self.parts else None
 
     def drawn(self, count: int, generator: torch.Generator) -> tuple[tuple[Tensor, None], ViTOutput]:
         """As many rows, none twice: what a head is fed, and what the teacher says."""
-        rows = torch.randperm(len(self.features), generator=generator)[:count].to(self.features.device)
-        logits = self.logits[rows]
-        return (self.features[rows], None), ViTOutput(logits, logits)
-
-
-class Moments:
-    """Sums over all that a head was fed and the teacher's logits, in float64: what a ridge regression takes.
-
-    They stay on the device, where it has float64, so that no look waits for another.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.sums = 0, []
-
-    def add(self, features: Tensor, logits: Tensor) -> None:
-        """Count in features (B, .., D) and logits (B, classes), of which differences alone mean something."""
-        where = torch.device("cpu") if features.device.type == "mps" else features.device
-        x, y = features.flatten(1).to(where).double(), logits.to(where).double()
-        y = y - y.mean(dim=1, keepdim=True)
-        more = [x.sum(0), y.sum(0), x.T @ x, x.T @ y]
-        self.count += len(x)
-        self.sums = [a + b.to(a) for a, b in zip(more, self.sums, strict=True)] if self.sums else more
-
-    def fitted(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """Weights (classes, .. D) and biases (classes,) of the least mean squared error.
-
-        The squared weights of features of variance 1 cost `penalty` each.
-        """
-        mean, offset, xx, xy = (total.cpu() / self.count for total in self.sums)
-        covariance = xx - mean[:, None] * mean
-        spread = covariance.diagonal().clamp(min=1e-12).sqrt()
-        scaled = covariance / (spread[:, None] * spread) + penalty * torch.eye(len(spread), dtype=torch.float64)
-        right = (xy - mean[:, None] * offset) / spread[:, None]
-        if penalty:
-            solution = torch.linalg.solve(scaled, right)
-        else:  # where features go together entirely there are several, of which this is the smallest
-            solution = torch.linalg.lstsq(scaled, right, driver="gelsd").solution
-        weights = solution.T / spread
-        return weights, offset - weights @ mean
+        features, logits = self.rows()
+        index = torch.randperm(len(features), generator=generator)[:count].to(features.device)
+        return (features[index], None), ViTOutput(logits[index], logits[index])
 
 
 def tokens_if(wanted: bool) -> dict[str, bool]:
@@ -191,17 +166,12 @@ class Distiller:
         matches = made(config.match, self.student, self.teacher, config.temperature)
         # Gradients through batch norms of a small batch lose too much by rounding.
         learns_in = torch.float32 if whole else self.dtype
-        self.lesson, self.memory = Lesson(self.student, matches, learns_in, head_alone), Memory()
+        self.lesson, self.fits = Lesson(self.student, matches, learns_in, head_alone), config.optimizer == "lbfgs"
+        self.memory = Memory(None if self.fits else Memory.SIZE)
         self._require_reuse(student.name)
-        self.moments, self.heads = None, classifiers(student.vit)
-        if config.optimizer == "ridge":
-            self.moments = Moments()
-            linear = all(isinstance(head, nn.Linear) and head.bias is not None for head in self.heads)
-            if not (head_alone and linear) or ranks() > 1:
-                raise UserError(
-                    f"--optimizer ridge is for a student of which linear layers at its end learn alone, and for one "
-                    f"process; {student.name} is not taught so"
-                )
+        self.heads = classifiers(student.vit)
+        if self.fits:
+            self._require_fit(student.name)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
         self.optimizer = None
@@ -240,6 +210,20 @@ class Distiller:
         if ranks() > 1:
             raise UserError(f"--reuse {reuse} is for one process")
 
+    def _require_fit(self, name: str) -> None:
+        """Raise `UserError` where what learns is not fitted at once, or what that takes finds no room."""
+        config = self.config
+        linear = all(isinstance(head, nn.Linear) and head.bias is not None for head in self.heads)
+        if not (self.lesson.head_alone and linear) or ranks() > 1:
+            raise UserError(
+                f"--optimizer lbfgs is for a student of which linear layers at its end learn alone, and for one "
+                f"process; {name} is not taught so"
+            )
+        width, classes = sum(head.in_features for head in self.heads), self.heads[0].out_features
+        each = 4 * (width + classes) + 8 * (3 * width + 5 * classes)  # in float64 too, and what a gradient takes
+        looks = config.epochs * config.batch_size
+        require_memory(config.steps, looks * each, self.device, "all that is looked at", "--kd_steps")
+
     def _require_memory(self, student: LoadedModel | WholeStudent) -> None:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
         if isinstance(student, WholeStudent):  # which may be anything
@@ -265,12 +249,13 @@ class Distiller:
             # What torch says once of an RMS norm whose weights are in float32.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             for _ in range(steps):
-                total += self._step(images) if self.moments is None else self._look(images)
-            if steps and self.moments is not None:
-                self._fit()
+                total += self._look(images) if self.fits else self._step(images)
         loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
         if loss != loss or loss in (float("inf"), float("-inf")):
-            raise UserError(f"the distillation loss became {loss}; lower --lr, in a new --output")
+            mend = "" if self.fits else "; lower --lr, in a new --output"
+            raise UserError(f"the distillation loss became {loss}{mend}")
+        if steps and self.fits:
+            self._fit()
         return loss
 
     def _step(self, images: SparseImages) -> Tensor:
@@ -284,7 +269,7 @@ class Distiller:
             batch = self._batch(images)
             loss = self._within_memory(lambda: self._gradient(self.model, *self._seen(batch)), batch)
         else:
-            if self.steps % config.reuse == 0 or self.memory.features is None:
+            if self.steps % config.reuse == 0 or self.memory.rows() is None:
                 batch = self._batch(images)
                 (features, _), taught = self._within_memory(lambda: self._seen(batch), batch)
                 self.memory.add(features, taught.logits)
@@ -295,17 +280,18 @@ class Distiller:
 
     @torch.no_grad()
     def _look(self, images: SparseImages) -> Tensor:
-        """Count in what teacher and backbone say of a batch. Returns the loss of the head as it is."""
+        """Keep what teacher and backbone say of a batch. Returns the loss of the head as it is."""
         batch = self._batch(images)
         fed, taught = self._within_memory(lambda: self._seen(batch), batch)
-        self.moments.add(fed[0], taught.logits)
+        self.memory.add(fed[0], taught.logits)
         self.steps += 1
         return self.lesson(fed, taught)
 
     @torch.no_grad()
     def _fit(self) -> None:
         """The head that is best for all that was looked at; of two, whose mean it is, each has its token's part."""
-        weights, biases = self.moments.fitted(self.config.ridge)
+        features, logits = self.memory.rows()
+        weights, biases = fitted_head(features.flatten(1), logits, self.config.temperature, self.config.head_penalty)
         for head, part in zip(self.heads, weights.chunk(len(self.heads), dim=1), strict=True):
             head.weight.copy_(len(self.heads) * part)
             head.bias.copy_(biases)
@@ -371,8 +357,7 @@ class Distiller:
             "matches": {key: value.cpu().clone() for key, value in self.lesson.matches.state_dict().items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "steps": self.steps,
-            "memory": (self.memory.features, self.memory.logits),
-            "moments": None if self.moments is None else (self.moments.count, [s.cpu() for s in self.moments.sums]),
+            "memory": [rows.cpu() for rows in self.memory.rows() or ()],
             "random": self.generator.get_state(),
             "dropout": torch.get_rng_state(),
             "cuda_dropout": torch.cuda.get_rng_state_all(),
@@ -385,11 +370,7 @@ class Distiller:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
-        self.memory.features, self.memory.logits = (
-            None if rows is None else rows.to(self.device) for rows in state["memory"]
-        )
-        if self.moments is not None:
-            self.moments.count, self.moments.sums = state["moments"]
+        self.memory.parts = [tuple(rows.to(self.device) for rows in state["memory"])] if state["memory"] else []
         self.generator.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
         if len(state["cuda_dropout"]) == torch.cuda.device_count():

@@ -178,7 +178,7 @@ def test_blur_takes_away_what_is_fine_and_colour_changes_channels_apart():
 def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     task = transfer_task(transfer_parser("").parse_args(["--preset", "transfer"]))
     learning = task.distillation
-    assert (learning.augment, learning.optimizer, learning.steps) == (("flip", "crop", "blur", "colour"), "ridge", 25)
+    assert (learning.augment, learning.optimizer, learning.steps) == (("flip", "crop", "blur", "colour"), "lbfgs", 25)
     assert task.images.config.init == "leaves"
     given = ["--augment", "--lr", "0.5", "--match", "features", "--finetune", "full", "--optimizer", "sgd"]
     learning = transfer_task(transfer_parser("").parse_args(["--preset", "transfer", *given])).distillation
@@ -189,6 +189,9 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     assert DistillConfig.of_preset("transfer", StudentConfig("resnet10t")).reuse == 1
     stepwise = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="adamw")
     assert (stepwise.lr, stepwise.reuse, stepwise.steps, stepwise.lr_schedule) == (3e-3, 8, 200, "cosine")
+    fitted = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="lbfgs", lr=1.0)
+    assert fitted == replace(DistillConfig.of_preset("transfer", StudentConfig()), lr=1.0)
+    assert (fitted.temperature, fitted.reuse, fitted.steps) == (8.0, 1, 25)
     plain = transfer_task(transfer_parser("").parse_args(["--preset", "smi"])).distillation
     assert plain == transfer_task(transfer_parser("").parse_args([])).distillation == DistillConfig()
 
@@ -889,20 +892,46 @@ def test_reuse_refuses_what_it_cannot_keep():
         Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
 
 
-@pytest.mark.parametrize("kind", ["head", "cnn head"])
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty):
-    """What a least squares solver gives for all looks together, the penalty as rows of its own."""
-    config = DistillConfig(batch_size=4, optimizer="ridge", ridge=penalty, dtype="float32")
+def fitted(kind: str, penalty: float, temperature: float) -> tuple[Distiller, torch.Tensor, torch.Tensor]:
+    """A student fitted to 25 batches of 4, what its head read and what the teacher said, float64."""
+    config = DistillConfig(
+        batch_size=4, optimizer="lbfgs", head_penalty=penalty, temperature=temperature, dtype="float32"
+    )
     distiller, seen = Distiller(tiny_model(), a_student(kind), config, CPU), []
-    count_in = distiller.moments.add
-    distiller.moments.add = lambda *rows: seen.append(rows) or count_in(*rows)
+    keep = distiller.memory.add
+    distiller.memory.add = lambda *rows: seen.append(rows) or keep(*rows)
     before = distiller.weights()
     for steps in (20, 5):
         distiller.run(kept_images(), steps)
     moved = [key for key, value in distiller.weights().items() if not torch.equal(before[key], value)]
     assert len(seen) == 25 and len(moved) == 2
-    x, y = (torch.cat(rows).double() for rows in zip(*seen, strict=True))
+    return distiller, *(torch.cat(rows).double() for rows in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["head", "cnn head"])
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty, temperature):
+    """No change of it makes the loss of all looks less: its gradient is none, beside that of no head at all."""
+    distiller, x, y = fitted(kind, penalty, temperature)
+    spread = x.std(dim=0, correction=0).clamp(min=1e-6)
+
+    def gradient(weights: torch.Tensor, biases: torch.Tensor) -> float:
+        weights, biases = (value.detach().double().requires_grad_(True) for value in (weights, biases))
+        loss = distillation_loss(x @ weights.T + biases, y, temperature)
+        loss = loss + penalty / (2 * y.shape[1]) * (weights * spread).square().sum()
+        slopes = torch.autograd.grad(loss, (weights, biases))
+        return (slopes[0] / spread).norm().item() + slopes[1].norm().item()
+
+    (head,) = distiller.heads
+    none = gradient(torch.zeros_like(head.weight), torch.zeros_like(head.bias))
+    assert gradient(head.weight, head.bias) < 1e-3 * none
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_at_high_temperature_a_fitted_head_is_the_ridge_regression(penalty):
+    """What a least squares solver gives for all looks together, the penalty as rows of its own."""
+    distiller, x, y = fitted("head", penalty, 1e3)
     centred, y = x - x.mean(dim=0), y - y.mean(dim=1, keepdim=True)
     spread = centred.square().mean(dim=0).sqrt().clamp(min=1e-6)
     rows = torch.cat([centred / spread, (penalty * len(x)) ** 0.5 * torch.eye(x.shape[1]).double()])
@@ -923,7 +952,7 @@ def two_headed() -> LoadedModel:
 @pytest.mark.parametrize("model", [tiny_model, two_headed])
 def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
     """Which is linear in them, so that looks at random images are enough; stopped and gone on with it is the same."""
-    config = DistillConfig(batch_size=32, epochs=4, steps=2, optimizer="ridge", ridge=0.0, dtype="float32")
+    config = DistillConfig(batch_size=32, epochs=4, steps=2, optimizer="lbfgs", head_penalty=0.0, dtype="float32")
     kept, found = {}, {}
     for name, stops in (("straight", (4,)), ("stopped", (1, 4))):
         for epochs in stops:
@@ -945,15 +974,15 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
     [
         ("all", {}, "linear layers at its end learn alone"),
         ("cnn", {}, "linear layers at its end learn alone"),
-        ("head", {"match": ("features",)}, "--match features: --optimizer ridge fits a head to logits alone"),
-        ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer ridge"),
-        ("head", {"reuse": 2}, "--reuse 2: --optimizer ridge uses all"),
-        ("head", {"ridge": -1.0}, "--ridge -1.0 is not"),
+        ("head", {"match": ("features",)}, "--match features: --optimizer lbfgs fits a head to logits alone"),
+        ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer lbfgs"),
+        ("head", {"reuse": 2}, "--reuse 2: --optimizer lbfgs uses all"),
+        ("head", {"head_penalty": -1.0}, "--head_penalty -1.0 is not"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(kind, settings, why):
     with pytest.raises(UserError, match=why):
-        Distiller(tiny_model(), a_student(kind), DistillConfig(optimizer="ridge", **settings), CPU)
+        Distiller(tiny_model(), a_student(kind), DistillConfig(optimizer="lbfgs", **settings), CPU)
 
 
 def test_wrong_fast_kernels_are_noticed_and_not_used(monkeypatch):

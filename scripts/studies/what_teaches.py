@@ -64,6 +64,7 @@ ROWS: dict[str, str] = {
     "pri": "--strategy pri",
     "mimiq": "--prior deepinversion mimiq",
     "soft labels": "--soft_label 0.4",
+    "low-pass, 30 iterations": "--iterations 30 --projection clamp lowpass:cutoff=0.3,every=1",
 }
 """One change of the preset at a time, as flags of test_kt.py."""
 QUALITY = ("num_images", "seeds", "head", "augment", "looks", "output")
