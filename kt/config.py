@@ -16,14 +16,11 @@ KEPT = ("last", "agreement")
 PRESETS: dict[str, dict[str, object]] = {
     "transfer": {
         "epochs": 10,
-        "steps": 200,
         "eval_every": 10,
-        "optimizer": "adamw",
-        "lr_schedule": "cosine",
         "augment": ("flip", "crop", "blur", "colour"),
     },
 }
-"""What `--preset` says of a student's lessons, besides of the images; flags that are given win."""
+"""What `--preset` says of every student's lessons, besides of the images; flags that are given win."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +121,16 @@ class DistillConfig:
         be.
         """
         said = dict(PRESETS.get(preset, {}))
-        if said and student.finetune == "linear":
-            steps = student.name is not None or given.keys() & {"match", "lr", "lr_schedule", "reuse"}
+        if said:
+            head = student.finetune == "linear"
+            steps = not head or student.name is not None or given.keys() & {"match", "lr", "lr_schedule", "reuse"}
             if given.get("optimizer", "adamw" if steps else "lbfgs") == "lbfgs":
-                said |= {"optimizer": "lbfgs", "temperature": 8.0, "steps": 25, "lr_schedule": "constant"}
+                said |= {"optimizer": "lbfgs", "temperature": 8.0, "steps": 25}
             else:
-                said["lr"] = 3e-3
-                if student.name is None and "match" not in given:  # what reuse is for
+                lr = 3e-3 if head else 1e-4 if student.init == "pretrained" else 1e-3
+                said |= {"optimizer": "adamw", "lr_schedule": "cosine", "lr": lr, "steps": 200}
+                if head and student.name is None and "match" not in given:  # what reuse is for
                     said["reuse"] = 8
-        elif said:
-            said["lr"] = 1e-4 if student.init == "pretrained" else 1e-3
         if not flip:
             said["augment"] = tuple(change for change in said.get("augment", cls.augment) if change != "flip")
         return cls(**(said | given))

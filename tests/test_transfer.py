@@ -185,7 +185,8 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     assert (learning.augment, learning.optimizer, learning.reuse, learning.lr) == ((), "sgd", 1, 0.5)
     assert learning.epochs == DistillConfig.of_preset("transfer", StudentConfig()).epochs == 10
     for student, rate in ((StudentConfig(finetune="full"), 1e-4), (FROM_SCRATCH, 1e-3)):
-        assert DistillConfig.of_preset("transfer", student).lr == rate
+        of_all = DistillConfig.of_preset("transfer", student)
+        assert (of_all.lr, of_all.optimizer, of_all.steps, of_all.reuse) == (rate, "adamw", 200, 1)
     assert DistillConfig.of_preset("transfer", StudentConfig("resnet10t")).reuse == 1
     stepwise = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="adamw")
     assert (stepwise.lr, stepwise.reuse, stepwise.steps, stepwise.lr_schedule) == (3e-3, 8, 200, "cosine")
@@ -978,6 +979,7 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
         ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer lbfgs"),
         ("head", {"reuse": 2}, "--reuse 2: --optimizer lbfgs uses all"),
         ("head", {"head_penalty": -1.0}, "--head_penalty -1.0 is not"),
+        ("head", {"epochs": 10**6, "steps": 10**4}, "all that is looked at needs about .* lower --kd_steps 10000"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(kind, settings, why):
