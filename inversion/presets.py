@@ -10,27 +10,20 @@ from inversion.priors import PRIORS, options, terms
 from inversion.schedule import GROWTHS
 from utils.errors import UserError
 
+NATURAL: dict[str, object] = {
+    "prior": ["deepinversion"],
+    "strategy": "dense",
+    "iterations": 10,
+    "init": "leaves",
+    "lr_schedule": "cosine",
+    "views": ["roll", "flip", "crop", "colour"],
+    "tv2": 1e-3,
+}
+"""Images of much that photographs have: edges, shades, colours that go together."""
 PRESETS: dict[str, dict[str, object]] = {
-    # Ours, by measurement (docs/results.md, docs/transfer.md): what calibrates, what teaches, and what others can read.
-    "quantize": {
-        "prior": ["deepinversion"],
-        "strategy": "smi",
-        "iterations": 30,
-        "init": "pink",
-        "lr_schedule": "cosine",
-        "prune_it": [3, 6, 9, 12],
-        "prune_ratio": [0.3, 0.3, 0.3, 0.3],
-        "tv2": 1e-3,
-    },
-    "transfer": {
-        "prior": ["deepinversion"],
-        "strategy": "dense",
-        "iterations": 10,
-        "init": "leaves",
-        "lr_schedule": "cosine",
-        "views": ["roll", "flip", "crop", "colour"],
-        "tv2": 1e-3,
-    },
+    # Ours, by measurement (docs/quantize.md, transfer.md, results.md): what calibrates, teaches, and others can read.
+    "quantize": NATURAL,
+    "transfer": NATURAL,
     "readable": {
         "prior": [],
         "strategy": "smi",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 
-from kt.augment import AUGMENTATIONS
 from kt.match import MATCHES, parse_match
+from utils.augment import AUGMENTATIONS
 from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting, weight
 from utils.errors import UserError
 

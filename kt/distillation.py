@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kt.augment import augmented, drawn
 from kt.config import DistillConfig
 from kt.fit import fitted_head
 from kt.match import Match, distillation_loss, made
 from kt.whole import WholeStudent, classifier_parameters, classifiers
 from models import DISAGREE, LoadedModel, SparseImages, SparseViT, ViTOutput, frozen_copy, near
+from utils.augment import augmented, drawn
 from utils.checkpoint import Checkpoint
 from utils.device import pick_device, pick_dtype, require_memory, within_memory
 from utils.errors import UserError, UserNote

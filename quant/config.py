@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quant.observers import OBSERVERS
+from utils.augment import AUGMENTATIONS, augmented
 from utils.cli import any_seed, check_numbers, positive, rate, setting
 from utils.errors import UserError
+from utils.lazy import torch
 
 if TYPE_CHECKING:
     from models import PatchGrid, SparseImages
@@ -19,6 +21,10 @@ PRESETS = {"quantize": {"observer": "auto", "num_images": 64}}
 """What `--preset` says of calibration, besides of the images; flags that are given win."""
 RECONSTRUCTION_LOSSES = ("mse", "fisher", "global")
 """Keys of `quant.losses.LOSSES`, which needs torch."""
+LEFT: dict[str, object] = {"rotate": False, "compensate": False, "fill": False, "augment": ()}
+"""What is done besides choosing ranges where nothing is said, and, with `auto`, at 8 bits."""
+MENDED: dict[str, object] = {"rotate": True, "compensate": True, "fill": True, "augment": ("crop", "blur", "colour")}
+"""What `auto` does below 8 bits."""
 EITHER = {"action": argparse.BooleanOptionalAction}
 OLDEST_OPSET, INT4_OPSET = 17, 21
 """The first with layer norms, and the first with int4."""
@@ -47,9 +53,9 @@ def parts(text: str) -> tuple[str, ...]:
 class QuantConfig:
     """Everything that a quantized model depends on besides the model and the images.
 
-    `rotate`, `compensate` and `fill` that are None are what the observer `auto` takes at these widths, of any other one
-    off; `resolved` says which. `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of the matrices of
-    `rotate` and of what `reconstruct` draws.
+    `rotate`, `compensate`, `fill` and `augment` that are None are what the observer `auto` takes at these widths, of
+    any other one off; `resolved` says which. `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of the
+    matrices of `rotate`, of the changes of `augment` and of what `reconstruct` draws.
 
     Raises `UserError` for values that cannot be, or not together.
     """
@@ -59,8 +65,8 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: heads, --rotate, --compensate and --fill below 8 bits, else mse; default "
-        "minmax, of --preset quantize auto",
+        "matrix products alone; auto: heads, --rotate, --compensate, --fill and --augment below 8 bits, else mse; "
+        "default minmax, of --preset quantize auto",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
@@ -81,6 +87,12 @@ class QuantConfig:
         **EITHER,
     )
     join: bool = setting(False, "calibrate on what the images of a PRI trajectory are together, on full grids")
+    augment: tuple[str, ...] | None = setting(
+        None,
+        "changes of the calibration images, none where no name is given; default: --observer decides",
+        nargs="*",
+        choices=AUGMENTATIONS,
+    )
     keep: tuple[str, ...] = setting(
         (), "first,last,head or parts of names: 8 bits or more", type=parts, metavar="PARTS"
     )
@@ -110,6 +122,9 @@ class QuantConfig:
             raise UserError("--symmetric is about activations, which --a_bit 32 leaves alone")
         if self.w_bit == 32 and self.reconstruct:
             raise UserError("--reconstruct learns how weights are rounded, and --w_bit 32 leaves them alone")
+        for name in self.augment or ():
+            if name not in AUGMENTATIONS:
+                raise UserError(f"--augment {name} is not one of {', '.join(AUGMENTATIONS)}")
         if self.reconstruct_loss not in RECONSTRUCTION_LOSSES:
             losses = ", ".join(RECONSTRUCTION_LOSSES)
             raise UserError(f"--reconstruct_loss {self.reconstruct_loss} is not one of {losses}")
@@ -118,7 +133,7 @@ class QuantConfig:
         if self.reconstruct_seconds is not None and not self.reconstruct:
             raise UserError("--reconstruct_seconds is the limit of --reconstruct, which is not given")
         if self.w_bit == self.a_bit == 32:
-            for flag in ("--keep", "--bias_correction", "--fill", "--join", "--rotate", "--compensate"):
+            for flag in ("--keep", "--bias_correction", "--fill", "--join", "--augment", "--rotate", "--compensate"):
                 if getattr(self, flag.removeprefix("--")):
                     raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
         if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
@@ -130,8 +145,8 @@ class QuantConfig:
         With 8 bits ranges are all that it takes; with fewer, what docs/quantize.md has the tables of.
         """
         auto, few = self.observer == "auto", min(self.w_bit, self.a_bit) < 8
-        given = {key: getattr(self, key) for key in ("rotate", "compensate", "fill")}
-        chosen = {key: auto and few if value is None else value for key, value in given.items()}
+        found = MENDED if auto and few else LEFT
+        chosen = {key: found[key] if getattr(self, key) is None else getattr(self, key) for key in found}
         if self.rotate is None and not rotates:
             chosen["rotate"] = False
         if auto:
@@ -140,10 +155,12 @@ class QuantConfig:
         return replace(self, **chosen)
 
     def fed(self, images: SparseImages, grid: PatchGrid) -> SparseImages:
-        """What of these images the model is calibrated on."""
+        """What of these images, on the CPU, the model is calibrated on."""
         if self.join:
-            return images.put_together(grid)
-        return images.filled(grid) if self.fill else images
+            images = images.put_together(grid)
+        elif self.fill:
+            images = images.filled(grid)
+        return augmented(images, grid, self.augment or (), torch.Generator().manual_seed(self.seed))
 
     @property
     def method(self) -> str:

@@ -15,12 +15,12 @@ import test_quant
 from inversion import ImagePool, InversionConfig, invert
 from inversion.views import VIEWS
 from kt import StudentConfig, load_student
-from kt.augment import grey
 from models import LoadedModel, SparseImages, load_model
 from models.registry import MODES, Preprocessing, save_local_dir
 from quant import load_quantized
 from scripts import run_onnx, train_teacher
 from tests.conftest import tiny_vit
+from utils.augment import grey
 from utils.config import DataConfig
 from utils.data import evaluation_set
 from utils.errors import UserError, UserNote

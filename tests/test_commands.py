@@ -13,7 +13,7 @@ from inversion import InversionConfig
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
 from scripts import compare, compare_kt
-from scripts.studies import activation_ranges, figure_pipeline, missing_patches
+from scripts.studies import activation_ranges, figure_pipeline, missing_patches, priors
 from tests.conftest import run_script
 from utils.cli import Parser
 from utils.errors import UserError
@@ -74,7 +74,7 @@ def test_the_preset_chooses_images_and_calibrator_and_flags_win_over_it():
         return quant_task(quant_parser("").parse_args(flags))
 
     task = asked("--preset", "quantize", "--w_bit", "4")
-    assert (task.num_images, task.quantization.observer, task.images.config.iterations) == (64, "auto", 30)
+    assert (task.num_images, task.quantization.observer, task.images.config.iterations) == (64, "auto", 10)
     task = asked("--preset", "quantize", "--num_images", "8", "--observer", "mse", "--no-rotate", "--fill")
     how = task.quantization
     assert (task.num_images, how.observer, how.rotate, how.compensate, how.fill) == (8, "mse", False, None, True)
@@ -492,3 +492,14 @@ def test_pipeline_figure_of_a_pool_with_snapshots(tmp_path):
 def test_parser_errors_are_user_errors():
     with pytest.raises(UserError, match="unrecognized"):
         Parser("x").parse_args(["--y"])
+
+
+def test_the_study_of_priors_takes_every_flag_that_it_does_not_vary(tmp_path):
+    config = priors.inversion("sardfq", "smi", 20, 4, 1, ["--no-flip", "--tv2", "0.5"])
+    assert (config.iterations, config.batch_size, config.seed, config.prune_it) == (20, 4, 1, (2, 4, 6, 8))
+    assert (config.init, config.weights["tv2"], config.soft_logits) == ("pink", 0.5, 10.0)
+    assert not any(view.startswith("flip") for view in config.views)
+    assert priors.asked(["--rotate", "--augment", "blur"]).quantization.augment == ("blur",)
+    assert priors.asked([]).quantization.augment == ()
+    with pytest.raises(UserError, match=r"--num_images is what this script varies"):
+        priors.main(["--output", str(tmp_path), "--num-images", "3"])

@@ -9,7 +9,7 @@ from torch import nn
 import inversion.capture
 from inversion import CANVASES, IMPORTANCES, INITS, STRATEGIES, VIEWS, InversionConfig, Inverter
 from inversion.priors import options, terms
-from kt import AUGMENTATIONS, DistillConfig
+from kt import DistillConfig
 from kt.config import OPTIMIZERS
 from kt.distillation import Distiller, Memory
 from models import SparseImages, SparseViT
@@ -21,6 +21,7 @@ from quant.observers import MSEObserver
 from quant.quantizers import least_error_scale
 from tests.conftest import tiny_model
 from tests.fake_cuda import CUDA, cuda  # noqa: F401
+from utils import AUGMENTATIONS
 from utils.evaluation import evaluate
 
 SCHEDULE = {"prune_it": (2,), "prune_ratio": (0.3,)}

@@ -1,6 +1,7 @@
 """Observers, quantizers of softmax outputs and scale reparameterization, each against a plain formula."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from quant.quantizers import (
 )
 from quant.reparameterization import norm_sites, reparameterize
 from tests.conftest import tiny_vit
+from utils import augmented
 from utils.errors import UserError
 from utils.images import Real, calibration_images
 
@@ -202,8 +204,11 @@ def test_auto_chooses_by_width():
     for bits in ((4, 4), (8, 6), (4, 8), (4, 32)):
         chosen = QuantConfig(*bits, "auto").resolved()
         assert (chosen.observer, chosen.rotate, chosen.compensate, chosen.fill) == ("heads", True, True, True)
+        assert chosen.augment == ("crop", "blur", "colour")
     chosen = QuantConfig(8, 8, "auto").resolved()
     assert (chosen.observer, chosen.rotate, chosen.compensate, chosen.fill) == ("mse", False, False, False)
+    assert chosen.augment == ()
+    assert QuantConfig(4, 4, "auto", augment=()).resolved().augment == ()
     assert QuantConfig(4, 4, "auto", rotate=False, fill=False).resolved().observer == "repq"
     assert QuantConfig(4, 8, "auto", rotate=False).resolved().observer == "heads"
     assert QuantConfig(4, 4).method == "minmax"
@@ -212,7 +217,30 @@ def test_auto_chooses_by_width():
 def test_other_observers_do_nothing_that_was_not_asked_for():
     chosen = QuantConfig(3, 3, "mse").resolved()
     assert (chosen.observer, chosen.rotate, chosen.compensate, chosen.fill) == ("mse", False, False, False)
+    assert chosen.augment == ()
     assert QuantConfig(3, 3, "mse", rotate=True).resolved().rotate
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_model_is_calibrated_on_changed_images_where_that_is_asked_for(vit, images, sparse):
+    """Ranges are those of the images after all changes, filled before, drawn by the configuration's seed."""
+    if sparse:
+        images = SparseImages(images.patches[:, 3:9], images.positions[:, 3:9], images.labels)
+    asked = QuantConfig(4, 4, "mse", augment=("colour", "crop"), fill=sparse, seed=3)
+    changed = augmented(images.filled(vit.grid), vit.grid, ("colour", "crop"), torch.Generator().manual_seed(3))
+    given = images.patches.clone()
+    found, expected, plain = (
+        quantizers(quantize(vit, seen, config))
+        for seen, config in (
+            (images, asked),
+            (changed, QuantConfig(4, 4, "mse")),
+            (images, replace(asked, augment=None)),
+        )
+    )
+    assert torch.equal(images.patches, given)
+    for name, quantizer in found.items():
+        torch.testing.assert_close(quantizer.scale, expected[name].scale)
+    assert found["patch_proj.quantizer"].scale != plain["patch_proj.quantizer"].scale
 
 
 @pytest.mark.parametrize(

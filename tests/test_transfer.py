@@ -20,11 +20,9 @@ from torch import nn
 
 import test_kt
 from kt import (
-    AUGMENTATIONS,
     DistillConfig,
     Distiller,
     StudentConfig,
-    augmented,
     distill,
     distillation_loss,
     load_student,
@@ -38,6 +36,7 @@ from models import LoadedModel, PatchGrid, SparseImages, SparseViT, load_model
 from models.packed import PackedBlock
 from scripts import compare_kt
 from tests.conftest import ROOT, TINY_ARGS, randomize, run_script, tiny_model
+from utils import AUGMENTATIONS, augmented
 from utils.checkpoint import Checkpoint
 from utils.classes import Labels
 from utils.config import DataConfig

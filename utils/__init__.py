@@ -1,8 +1,8 @@
 """What both tasks stand on, and what they share.
 
-`calibration_images` gives images (inverted, noise, real, or ones that somebody has), `evaluate` the accuracy of models,
-`QuantTask` and `TransferTask` are the tasks of the entry scripts as configurations, which `quant_report` and
-`transfer_report` run.
+`calibration_images` gives images (inverted, noise, real, or ones that somebody has), `augmented` changes them,
+`evaluate` gives the accuracy of models; `QuantTask` and `TransferTask` are the tasks of the entry scripts as
+configurations, which `quant_report` and `transfer_report` run.
 """
 
 from utils.lazy import exports
@@ -11,6 +11,7 @@ from utils.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "utils.augment": ("AUGMENTATIONS", "augmented"),
         "utils.config": ("DataConfig", "RunConfig"),
         "utils.data": ("evaluation_loader",),
         "utils.errors": ("UserError",),

@@ -13,6 +13,7 @@ from inversion import SynthesisReport, configured, engine
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
 from quant import QuantConfig, calibration, export, fitting, require_own_folder, save_quantized
+from quant.config import MENDED
 from quant.fidelity import fidelity
 from quant.rotation import rotations
 from quant.sensitivity import save_sensitivity, sensitivity
@@ -206,7 +207,8 @@ def choice(asked: QuantConfig, config: QuantConfig, vit: SparseViT) -> str | Non
     """A line that says what `auto` stands for, and why; None where nothing was left to it."""
     if asked.observer != "auto" or asked.w_bit == asked.a_bit == 32:
         return None
-    steps = [f"--{key}" for key in ("rotate", "compensate", "fill") if getattr(config, key) and not getattr(asked, key)]
+    taken = {key: getattr(config, key) for key in MENDED if getattr(asked, key) is None}
+    steps = [" ".join([f"--{key}", *(value if key == "augment" else ())]) for key, value in taken.items() if value]
     if not steps:
         return f"auto takes --observer {config.observer}: at these widths ranges are all that it takes"
     why = "below 8 bits channels that look alike and layers fitted to their input decide"

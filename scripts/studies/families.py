@@ -49,13 +49,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train": "scripts/train_teacher.py", "quant": "test_quant.py", "kt": "test_kt.py"}
 SCHEDULE = "--prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.01 --no-flip"
 QUANT = f"--iterations 200 --prune_it 10 20 30 40 {SCHEDULE}"
+LOW = "--w_bit 4 --a_bit 4 --observer auto --augment"
+"""The images as they are."""
 STEPS = "--epochs 2 --kd_steps 200 --eval_every 2 --lr 0.1 --kd_lr_schedule cosine --augment shift"
 KT = f"--student deit_nano_4_digits {STEPS}"
 READABLE = "--preset readable --no-flip --fill --images_per_epoch 200"
 RUNS = {
     "SMI, W8/A8": ("quant", f"{QUANT} --w_bit 8 --a_bit 8 --observer auto"),
-    "SMI, W4/A4": ("quant", f"{QUANT} --w_bit 4 --a_bit 4 --observer auto"),
-    "real, W4/A4": ("quant", "--mode 2 --w_bit 4 --a_bit 4 --observer auto"),
+    "SMI, W4/A4": ("quant", f"{QUANT} {LOW}"),
+    "real, W4/A4": ("quant", f"--mode 2 {LOW}"),
     "head, SMI": ("kt", f"{READABLE} {KT}"),
     "head, real": ("kt", f"--mode 2 --max_images 400 {KT}"),
 }

@@ -26,10 +26,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt.augment import AUGMENTATIONS, augmented
 from models.config import ModelConfig
 from scripts.comparison import Rows
 from scripts.studies.train_judges import JudgeConfig, judge_view, judges, real_images, split_of
+from utils.augment import AUGMENTATIONS, augmented
 from utils.cli import Parser, add_flags, any_seed, check_numbers, from_flags, positive, setting
 from utils.config import DataConfig
 from utils.device import pick_dtype, versions

@@ -2,9 +2,10 @@
 """Which prior is worth its time? Every prior with every strategy at equal seconds of inversion, calibrated at low bits.
 
 Dense inversion with the plain prior fills --seconds; every other pair has as many iterations as take the same time, by
-short inversions of both in turns, in seconds of this process (schedules are cut in proportion). All else is `--preset
-quantize`. What is in OUTPUT is not done again, the numbers of iterations included. Divergence is that of the quantized
-model's predictions from full precision's, on test images. Every other flag goes to test_quant.py.
+short inversions of both in turns, in seconds of this process (schedules are cut in proportion). Images begin as pink
+noise and are shown to the calibrator `auto` as they are. What is in OUTPUT is not done again, the numbers of iterations
+included. Divergence is that of the quantized model's predictions from full precision's, on test images. Every other
+flag goes to test_quant.py.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from inversion import InversionConfig, Inverter, configured
+from inversion import InversionConfig, Inverter
 from models import SparseImages, SparseViT
-from quant import QuantConfig, quantize
+from quant import quantize
 from quant.fidelity import divergence
 from quant.integers import with_integer_products
 from scripts.compare import Bench, bits
-from scripts.comparison import Rows, save_images, shown_images
+from scripts.comparison import VARIES, Rows, refuse_flags, save_images, shown_images
 from utils.cli import Parser, any_seed, positive, rate
 from utils.files import read_json, writable_folder, write_json
 from utils.flags import quant_parser, quant_task
@@ -44,18 +46,22 @@ from utils.report import markdown, table
 if TYPE_CHECKING:
     from utils.quant_task import QuantTask
 
-PRIORS: dict[str, dict[str, object]] = {
-    "deepinversion": {},
-    "psaq": {"prior": ["psaq"]},
-    "mimiq": {"prior": ["mimiq"]},
-    "sardfq": {"prior": ["sardfq"], "soft_logits": 10.0},
-    "synq": {"prior": ["deepinversion", "synq"], "oh": 0.0},
-    "cmi": {"prior": ["deepinversion", "cmi"]},
+BASE = "--init pink --lr_schedule cosine --tv2 1e-3 --observer auto --augment"
+"""Of every pair; flags that are given win."""
+PRIORS = {
+    "deepinversion": "--prior deepinversion",
+    "psaq": "--prior psaq",
+    "mimiq": "--prior mimiq",
+    "sardfq": "--prior sardfq --soft_logits 10",
+    "synq": "--prior deepinversion synq --oh 0",
+    "cmi": "--prior deepinversion cmi",
 }
-"""What each prior sets beside `--preset quantize`."""
+"""What each prior sets besides."""
+VARIED = "--w_bit --a_bit --prior --strategy --iterations --prune_it --prune_ratio"
+REFUSED = dict.fromkeys([*VARIED.split(), "--mode", "--seed", "--num_images", "--calib_batchsize"], VARIES)
 STRATEGIES = ("dense", "smi", "pri")
 STOPS = 0.1, 0.2, 0.3, 0.4
-"""Shares of the iterations after which patches stop, as in the preset."""
+"""Shares of the iterations after which patches stop."""
 PROBE, PROBED, TURNS = 20, 16, 2
 """Iterations and images of a short inversion, at most, and how often each is made: the fastest counts."""
 PLAIN = "deepinversion", "dense"
@@ -76,15 +82,22 @@ def parser() -> Parser:
     return parser
 
 
-def inversion(prior: str, strategy: str, iterations: int, images: int, seed: int, dtype: str) -> InversionConfig:
-    """The inversion of a pair of that many iterations."""
-    settings = {"strategy": strategy, "iterations": iterations, **PRIORS[prior]}
+def asked(flags: Sequence[str]) -> QuantTask:
+    """What the flags of `test_quant.py` stand for, beside `BASE`."""
+    return quant_task(quant_parser("").parse_args([*BASE.split(), *flags]))
+
+
+def inversion(
+    prior: str, strategy: str, iterations: int, images: int, seed: int, flags: Sequence[str] = ()
+) -> InversionConfig:
+    """The inversion of a pair of that many iterations, with `flags` besides."""
+    own = f"{PRIORS[prior]} --strategy {strategy} --iterations {iterations} --calib_batchsize {images} --seed {seed}"
     if strategy == "smi":
         starts = [0]
         for share in STOPS:
             starts.append(max(round(share * iterations), starts[-1] + 1))
-        settings |= {"prune_it": starts[1:], "prune_ratio": [0.3] * 4}
-    return configured("quantize", **settings, batch_size=images, seed=seed, dtype=dtype)
+        own += f" --prune_it {' '.join(map(str, starts[1:]))} --prune_ratio 0.3 0.3 0.3 0.3"
+    return asked([*flags, *own.split()]).images.config
 
 
 def costs(bench: Bench, configs: Sequence[InversionConfig], clock: Callable[[], float]) -> list[float]:
@@ -116,7 +129,7 @@ class Study:
     """The grid of one model, with what is finished of it in `output`.
 
     Args:
-        task: the model, its data, and how images are inverted.
+        flags: of `test_quant.py`.
         widths: bits of weights and activations.
         images: of a set.
         seconds: of inversion for each set.
@@ -124,11 +137,11 @@ class Study:
     """
 
     def __init__(
-        self, task: QuantTask, widths: Sequence[tuple[int, int]], images: int, seconds: float, output: Path
+        self, flags: Sequence[str], widths: Sequence[tuple[int, int]], images: int, seconds: float, output: Path
     ) -> None:
-        self.task, self.widths, self.count, self.seconds, self.output = task, widths, images, seconds, output
+        self.flags, self.widths, self.count, self.seconds, self.output = flags, widths, images, seconds, output
+        self.task = asked([*flags, "--output", str(output / "run")])
         self.bench, self.rows = Bench(self.task), Rows(output)
-        self.dtype = self.task.images.config.dtype
         self.wanted: Tensor | None = None
         self.shown: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -136,10 +149,10 @@ class Study:
         """Of a pair, as many as fill the seconds here; what a run before has found stays."""
         file = self.output / "iterations.json"
         known = read_json(file) if file.is_file() else {}
-        name = f"{prior}-{strategy}-{self.count}-{self.seconds:g}"
+        name = " ".join([f"{prior}-{strategy}-{self.count}-{self.seconds:g}", *self.flags])
         if name not in known:
             asked = [PLAIN] if (prior, strategy) == PLAIN else [PLAIN, (prior, strategy)]
-            configs = [inversion(*pair, PROBE, min(self.count, PROBED), 0, self.dtype) for pair in asked]
+            configs = [inversion(*pair, PROBE, min(self.count, PROBED), 0, self.flags) for pair in asked]
             # A GPU's work is not in the time of the process.
             on_cpu = self.bench.device.type == "cpu"
             if len(asked) == 1:
@@ -159,14 +172,14 @@ class Study:
             source = Noise() if strategy == "noise" else Real(self.task.data.dataset)
             images = images_at_hand(self.bench.model, source, self.count, seed)
         else:
-            config = inversion(prior, strategy, iterations, self.count, seed, self.dtype)
+            config = inversion(prior, strategy, iterations, self.count, seed, self.flags)
             images = Inverter(self.bench.model, config, self.bench.device).invert(0).images
         return images, time.perf_counter() - start
 
     def run(self, prior: str | None, strategy: str, seed: int) -> list[dict]:
         """The rows of a set of images, one for each width."""
         iterations = 0 if prior is None else self.iterations(prior, strategy)
-        cell = {"prior": prior, "strategy": strategy, "seed": seed, "iterations": iterations}
+        cell = {"prior": prior, "strategy": strategy, "seed": seed, "iterations": iterations, "flags": list(self.flags)}
         cell |= {"images": self.count, **self.bench.settings, **self.bench.facts}
         cells = {f"W{w}/A{a}": {**cell, "width": [w, a]} for w, a in self.widths}
         missing = {name: one for name, one in cells.items() if self.rows.find(one) is None}
@@ -176,7 +189,8 @@ class Study:
             self.shown[strategy if prior is None else f"{prior}-{strategy}"] = shown_images(self.bench.model, images)
             models = {}
             for name, one in missing.items():
-                config = QuantConfig(*one["width"], observer="auto", seed=seed)
+                w_bit, a_bit = one["width"]
+                config = replace(self.task.quantization, w_bit=w_bit, a_bit=a_bit, seed=seed)
                 models[name] = quantize(self.bench.vit, images, config)
             if self.wanted is None:
                 self.wanted = answers({"fp": self.bench.vit}, self.bench)[0]["fp"]
@@ -197,9 +211,8 @@ def spread(values: Sequence[float], digits: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing; print and write the table."""
     args, others = parser().parse_known_args(argv)
-    output = writable_folder(args.output, "--output")
-    task = quant_task(quant_parser("").parse_args([*others, "--output", str(output / "run")]))
-    study = Study(task, args.bits, args.images, args.seconds, output)
+    refuse_flags(others, REFUSED)
+    study = Study(others, args.bits, args.images, args.seconds, writable_folder(args.output, "--output"))
     sets = [(None, "real"), (None, "noise"), *itertools.product(args.priors, args.strategies)]
     widths = [f"W{w}/A{a}" for w, a in args.bits]
     header = ["prior", "strategy", "iterations", "seconds"]

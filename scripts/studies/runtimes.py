@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     vit, models, files = model.sparse(), {}, {}
     for (w_bit, a_bit), symmetric in itertools.product(WIDTHS, (False, True)):
         name = f"W{w_bit}/A{a_bit}" + ", symmetric" * symmetric
-        config = QuantConfig(w_bit, a_bit, "auto", symmetric)
+        config = QuantConfig(w_bit, a_bit, "auto", symmetric, augment=())
         models[name] = quantize(vit, calibration, config)
         for opset in opsets:
             file = output / f"w{w_bit}a{a_bit}{'-symmetric' * symmetric}-{opset}.onnx"

@@ -1,4 +1,8 @@
-"""Random changes of kept patches. Teacher and student see the same changed image, so no change makes a label wrong."""
+"""Random changes of kept patches, of images that a student learns from or a model is calibrated on.
+
+What is wanted of a changed image is what the full-precision model or the teacher says of it, so that no change makes a
+label wrong.
+"""
 
 from __future__ import annotations
 
