@@ -199,8 +199,8 @@ def load_quantized(folder: str | Path) -> SparseViT:
         raise UserError(f"{folder} is damaged: {CONFIG} and {WEIGHTS} are not what was written; remove it")
     try:
         vit = bare_model(about["architecture"], about["arguments"])
-        quantization = {**about["quantization"], "keep": tuple(about["quantization"]["keep"])}
-        config, bare = QuantConfig(**quantization), SparseViT(vit)
+        lists = {key: tuple(value) for key, value in about["quantization"].items() if isinstance(value, list)}
+        config, bare = QuantConfig(**{**about["quantization"], **lists}), SparseViT(vit)
         bare = without_scales(bare) if config.rotate else bare
         quantized = quantized_vit(bare, config, scale_of=largest_value_scale)
         state = load_file(folder / WEIGHTS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inversion import PRESETS, PRIORS, STRATEGIES
+from inversion import PRESETS, PRIORS, STRATEGIES, InversionConfig
 from models import DEFAULT_MODEL
 from models.config import short_name
 from utils.cli import Parser, any_seed
@@ -32,6 +32,8 @@ BASELINES = {"real": 2, "gaussian": 1}
 UNSCHEDULED = ("dense", "pri")
 SCHEDULE = {"prune_it": [50, 100, 200, 300], "prune_ratio": [0.3] * 4}
 """Of strategies that have a schedule, where neither flags nor a preset give one."""
+STOPS = 0.1, 0.2, 0.3, 0.4
+"""Shares of the iterations after which patches stop instead, in a run that is too short for it."""
 VARIES = "is what this script varies; see --help"
 # Flags of the tasks that a grid has no place for, and why.
 REFUSED = dict.fromkeys(("--model", "--mode", "--images", "--seed", "--prior", "--strategy", "--output"), VARIES)
@@ -117,7 +119,9 @@ def variants(
             of_prior, of_strategy = extra.get(method.prior, []), extra.get(method.strategy, [])
             chosen.prior, chosen.strategy = priors_of(method, parser.parse_args(of_prior).preset), method.strategy
             parser.parse_args([*of_prior, *of_strategy], chosen)
-            for name, value in schedule_of(method, chosen.preset, args.prune_it, args.prune_ratio).items():
+            of_preset = PRESETS.get(chosen.preset, {})
+            iterations = chosen.iterations or of_preset.get("iterations", InversionConfig.iterations)
+            for name, value in schedule_of(method, chosen.preset, iterations, args.prune_it, args.prune_ratio).items():
                 if getattr(chosen, name) is None:
                     setattr(chosen, name, value)
         yield method, chosen
@@ -159,7 +163,7 @@ def priors_of(method: Method, preset: str | None) -> list[str]:
 
 
 def schedule_of(
-    method: Method, preset: str | None, prune_it: list[int] | None, prune_ratio: list[float] | None
+    method: Method, preset: str | None, iterations: int, prune_it: list[int] | None, prune_ratio: list[float] | None
 ) -> dict[str, list]:
     """`prune_it` and `prune_ratio` of a method: those given, else those that are not left to its preset."""
     if method.strategy in UNSCHEDULED:
@@ -168,7 +172,17 @@ def schedule_of(
     given = {name: value for name, value in found.items() if value is not None}
     of_preset = PRESETS.get(preset, {})
     left = "prune_it" in of_preset or of_preset.get("strategy") == method.strategy
-    return given if left and prune_it is None else SCHEDULE | given
+    if left and prune_it is None:
+        return given
+    return (SCHEDULE if iterations > SCHEDULE["prune_it"][-1] else short_schedule(iterations)) | given
+
+
+def short_schedule(iterations: int) -> dict[str, list]:
+    """The ratios of `SCHEDULE` after `STOPS` of the iterations."""
+    starts = [0]
+    for share in STOPS:
+        starts.append(max(round(share * iterations), starts[-1] + 1))
+    return SCHEDULE | {"prune_it": starts[1:]}
 
 
 def further_flags(flag: str, text: str) -> list[str]:

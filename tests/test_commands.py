@@ -61,7 +61,8 @@ def test_low_bits_with_everything_that_mends_them(tmp_path, quick, capsys):
     assert report["quant"]["top1"] >= 90
     how = report["quantization"]
     assert (how["observer"], how["method"], how["rotate"], how["compensate"]) == ("auto", "heads", True, True)
-    assert "auto takes --observer heads --rotate --compensate --fill: " in capsys.readouterr().out
+    taken = "--observer heads --rotate --compensate --fill --augment crop blur colour"
+    assert f"auto takes {taken}: " in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert rows == report["sensitivity"]
     assert {"patch_proj", "head.head", "blocks.5.mlp.fc2", "blocks.0.tap_probs"} <= {row["layer"] for row in rows}
@@ -395,7 +396,7 @@ def test_pairs_are_compared_by_their_names(script):
     [
         ("psaq-dense", "psaq", "psaq_vit"),
         ("smi", "smi", "smi"),
-        ("smi", "deepinversion", "quantize"),
+        ("dense", "deepinversion", "quantize"),
         ("dense", "deepinversion", "deepinversion"),
         ("cmi-dense", "cmi", "cmi"),
     ],
@@ -405,6 +406,14 @@ def test_a_preset_of_one_prior_or_strategy_is_what_it_is_alone(method, name, pre
     assert found[method].settings() == of_preset(preset).settings() | {"dtype": found[method].dtype}
     if name != "deepinversion":
         assert found["random"] == compared(compare, "--methods", "random")["random"]
+
+
+def test_a_run_too_short_for_the_published_schedule_has_one_in_proportion():
+    found = compared(compare, "--preset", "quantize", "--with", "smi", "--iterations 30")
+    assert (found["smi"].prune_it, found["smi"].prune_ratio) == ((3, 6, 9, 12), (0.3,) * 4)
+    assert found["dense"].iterations == 10
+    assert compared(compare, "--preset", "quantize")["smi"].prune_it == (1, 2, 3, 4)
+    assert compared(compare, "--preset", "quantize", "--iterations", "301")["smi"].prune_it == (50, 100, 200, 300)
 
 
 def test_a_method_is_what_it_is_named_for_whatever_a_preset_says():
@@ -420,7 +429,7 @@ def test_flags_win_over_a_preset_and_those_of_one_method_over_common_ones():
     found = compared(compare, *flags, "--prune_ratio", "0.5", "0.4")
     assert [(config.iterations, config.warmup) for config in found.values()] == [(400, 9), (400, 0)]
     assert [config.lr for config in found.values()] == [0.3, 0.1]
-    assert (found["smi"].init, found["smi"].prune_it, found["smi"].prune_ratio) == ("pink", (5, 9), (0.5, 0.4))
+    assert (found["smi"].init, found["smi"].prune_it, found["smi"].prune_ratio) == ("leaves", (5, 9), (0.5, 0.4))
     assert found["psaq-dense"].init == "white"
 
 

@@ -605,6 +605,7 @@ def test_two_ranks_transfer_as_one_does(tmp_path):
 
 def test_two_ranks_quantize_as_one_does(tmp_path):
     arguments = ["--iterations", 4, "--calib-batchsize", 4, "--num_images", 12, "--a_bit", 4, "--val_limit", 41]
+    arguments += ["--check_images", 4]
     reports = []
     for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
         result = run("test_quant.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)

@@ -36,7 +36,7 @@ from quant import quantize
 from quant.fidelity import divergence
 from quant.integers import with_integer_products
 from scripts.compare import Bench, bits
-from scripts.comparison import VARIES, Rows, refuse_flags, save_images, shown_images
+from scripts.comparison import VARIES, Rows, refuse_flags, save_images, short_schedule, shown_images
 from utils.cli import Parser, any_seed, positive, rate
 from utils.files import read_json, writable_folder, write_json
 from utils.flags import quant_parser, quant_task
@@ -60,8 +60,6 @@ PRIORS = {
 VARIED = "--w_bit --a_bit --prior --strategy --iterations --prune_it --prune_ratio"
 REFUSED = dict.fromkeys([*VARIED.split(), "--mode", "--seed", "--num_images", "--calib_batchsize"], VARIES)
 STRATEGIES = ("dense", "smi", "pri")
-STOPS = 0.1, 0.2, 0.3, 0.4
-"""Shares of the iterations after which patches stop."""
 PROBE, PROBED, TURNS = 20, 16, 2
 """Iterations and images of a short inversion, at most, and how often each is made: the fastest counts."""
 PLAIN = "deepinversion", "dense"
@@ -93,10 +91,8 @@ def inversion(
     """The inversion of a pair of that many iterations, with `flags` besides."""
     own = f"{PRIORS[prior]} --strategy {strategy} --iterations {iterations} --calib_batchsize {images} --seed {seed}"
     if strategy == "smi":
-        starts = [0]
-        for share in STOPS:
-            starts.append(max(round(share * iterations), starts[-1] + 1))
-        own += f" --prune_it {' '.join(map(str, starts[1:]))} --prune_ratio 0.3 0.3 0.3 0.3"
+        for name, values in short_schedule(iterations).items():
+            own += f" --{name} {' '.join(map(str, values))}"
     return asked([*flags, *own.split()]).images.config
 
 
