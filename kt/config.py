@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kt.match import MATCHES, parse_match
 from utils.augment import AUGMENTATIONS
-from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, positive, rate, setting, weight
+from utils.cli import NUMBER_FORMATS, any_seed, check_numbers, image_side, natural, positive, rate, setting, weight
 from utils.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw", "lbfgs")
@@ -73,8 +73,14 @@ class DistillConfig:
         "is the best for all that was looked at",
         choices=OPTIMIZERS,
     )
+    head_steps: int = setting(
+        0,
+        "batches that teacher and student look at before the first step, for which the new head is then the best: all "
+        "of the student learns from there",
+        type=natural,
+    )
     head_penalty: float = setting(
-        0.01, "of --optimizer lbfgs: what squared weights cost, for features of variance 1", type=weight
+        0.01, "of a head that is fitted: what squared weights cost, for features of variance 1", type=weight
     )
     lr: float = setting(0.1, "learning rate of sgd and adamw", type=rate)
     lr_schedule: str = setting("constant", "of --lr, over all epochs", "--kd_lr_schedule", choices=LR_SCHEDULES)
@@ -146,6 +152,8 @@ class DistillConfig:
             raise UserError(f"--match {' '.join(self.match)} says one of them twice")
         if self.optimizer == "lbfgs" and ways != {"logits"}:
             raise UserError(f"--match {' '.join(self.match)}: --optimizer lbfgs fits a head to logits alone")
+        if self.optimizer == "lbfgs" and self.head_steps:
+            raise UserError(f"--head_steps {self.head_steps}: --optimizer lbfgs fits the head after every epoch already")
         if self.optimizer == "lbfgs" and self.reuse != 1:
             raise UserError(f"--reuse {self.reuse}: --optimizer lbfgs uses all that was looked at already")
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]

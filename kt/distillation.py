@@ -23,7 +23,7 @@ from utils.augment import augmented, drawn
 from utils.checkpoint import Checkpoint
 from utils.device import pick_device, pick_dtype, require_memory, within_memory
 from utils.errors import UserError, UserNote
-from utils.ranks import rank, ranks, summed, wait_for_all
+from utils.ranks import gathered, rank, ranks, summed, wait_for_all
 
 Result = TypeVar("Result")
 
@@ -170,8 +170,8 @@ class Distiller:
         self.memory = Memory(None if self.fits else Memory.SIZE)
         self._require_reuse(student.name)
         self.heads = classifiers(student.vit)
-        if self.fits:
-            self._require_fit(student.name)
+        if self.fits or config.head_steps:
+            self._require_fit(student.name, whole)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
         self.optimizer = None
@@ -210,19 +210,24 @@ class Distiller:
         if ranks() > 1:
             raise UserError(f"--reuse {reuse} is for one process")
 
-    def _require_fit(self, name: str) -> None:
-        """Raise `UserError` where what learns is not fitted at once, or what that takes finds no room."""
+    def _require_fit(self, name: str, whole: bool) -> None:
+        """Raise `UserError` where a head is not fitted at once, or what that takes finds no room."""
         config = self.config
         linear = all(isinstance(head, nn.Linear) and head.bias is not None for head in self.heads)
-        if not (self.lesson.head_alone and linear) or ranks() > 1:
+        linear = linear and (not whole or self.student.ends_in_classifier())
+        if self.fits and (not (self.lesson.head_alone and linear) or ranks() > 1):
             raise UserError(
                 f"--optimizer lbfgs is for a student of which linear layers at its end learn alone, and for one "
                 f"process; {name} is not taught so"
             )
+        if not linear:
+            raise UserError(f"--head_steps {config.head_steps} fits linear layers, which {name} does not end in")
         width, classes = sum(head.in_features for head in self.heads), self.heads[0].out_features
         each = 4 * (width + classes) + 8 * (3 * width + 5 * classes)  # in float64 too, and what a gradient takes
-        looks = config.epochs * config.batch_size
-        require_memory(config.steps, looks * each, self.device, "all that is looked at", "--kd_steps")
+        steps, looks, flag = config.head_steps, config.batch_size, "--head_steps"
+        if self.fits:
+            steps, looks, flag = config.steps, config.epochs * looks, "--kd_steps"
+        require_memory(steps, looks * each, self.device, "all that is looked at", flag)
 
     def _require_memory(self, student: LoadedModel | WholeStudent) -> None:
         """Raise `UserError` where a batch of whole images, and what a block keeps for its gradients, finds no room."""
@@ -248,6 +253,8 @@ class Distiller:
         with warnings.catch_warnings():
             # What torch says once of an RMS norm whose weights are in float32.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            if steps and self.config.head_steps and not self.steps:
+                self._fit(self._first_looks(images))
             for _ in range(steps):
                 total += self._look(images) if self.fits else self._step(images)
         loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
@@ -255,7 +262,7 @@ class Distiller:
             mend = "" if self.fits else "; lower --lr, in a new --output"
             raise UserError(f"the distillation loss became {loss}{mend}")
         if steps and self.fits:
-            self._fit()
+            self._fit(self.memory)
         return loss
 
     def _step(self, images: SparseImages) -> Tensor:
@@ -288,9 +295,19 @@ class Distiller:
         return self.lesson(fed, taught)
 
     @torch.no_grad()
-    def _fit(self) -> None:
+    def _first_looks(self, images: SparseImages) -> Memory:
+        """What the student's head reads of `head_steps` batches, before anything is learnt, and what the teacher says."""
+        memory = Memory(None)
+        for _ in range(self.config.head_steps):
+            batch = self._batch(images)
+            fed, taught = self._within_memory(lambda batch=batch: self._seen(batch), batch)
+            memory.add(gathered(self.lesson.said(fed).features), gathered(taught.logits))
+        return memory
+
+    @torch.no_grad()
+    def _fit(self, memory: Memory) -> None:
         """The head that is best for all that was looked at; of two, whose mean it is, each has its token's part."""
-        features, logits = self.memory.rows()
+        features, logits = memory.rows()
         weights, biases = fitted_head(features.flatten(1), logits, self.config.temperature, self.config.head_penalty)
         for head, part in zip(self.heads, weights.chunk(len(self.heads), dim=1), strict=True):
             head.weight.copy_(len(self.heads) * part)

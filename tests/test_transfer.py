@@ -586,7 +586,7 @@ def test_adversarial_images_follow_the_student_also_after_a_restart(tmp_path):
 
 
 def test_two_ranks_transfer_as_one_does(tmp_path):
-    arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2, "--kd_dtype", "float32"]
+    arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2, "--kd_dtype", "float32", "--head_steps", 2]
     for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
         result = run("test_kt.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
@@ -802,9 +802,11 @@ def a_student(kind: str) -> LoadedModel:
         student = load_student(tiny_model(), CNN)
         learns = kind == "cnn"
     else:
-        student, learns = tiny_model(), kind == "all"
+        student, learns = tiny_model(), kind in ("all", "biasless")
         for parameter in student.vit.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
+        if kind == "biasless":
+            student.vit.head.bias = None
     student.vit.requires_grad_(learns)
     student.vit.get_classifier().requires_grad_(True)
     return student
@@ -893,28 +895,33 @@ def test_reuse_refuses_what_it_cannot_keep():
         Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
 
 
-def fitted(kind: str, penalty: float, temperature: float) -> tuple[Distiller, torch.Tensor, torch.Tensor]:
-    """A student fitted to 25 batches of 4, what its head read and what the teacher said, float64."""
-    config = DistillConfig(
-        batch_size=4, optimizer="lbfgs", head_penalty=penalty, temperature=temperature, dtype="float32"
-    )
-    distiller, seen = Distiller(tiny_model(), a_student(kind), config, CPU), []
-    keep = distiller.memory.add
-    distiller.memory.add = lambda *rows: seen.append(rows) or keep(*rows)
-    before = distiller.weights()
-    for steps in (20, 5):
+def fitted(
+    monkeypatch, kind: str, penalty: float, temperature: float
+) -> tuple[Distiller, torch.Tensor, torch.Tensor]:
+    """A student fitted to 25 batches of 4, what its head read and what the teacher said, float64.
+
+    One of which all learns is fitted before its first step, which here is none.
+    """
+    alone = kind.endswith("head")
+    how = {"optimizer": "lbfgs"} if alone else {"head_steps": 25, "lr": 1e-30}
+    config = DistillConfig(batch_size=4, head_penalty=penalty, temperature=temperature, dtype="float32", **how)
+    distiller, seen, keep = Distiller(tiny_model(), a_student(kind), config, CPU), [], Memory.add
+    monkeypatch.setattr(Memory, "add", lambda memory, *rows: seen.append(rows) or keep(memory, *rows))
+    before = {name: value.clone() for name, value in distiller.student.named_parameters()}
+    for steps in (20, 5) if alone else (1, 1):
         distiller.run(kept_images(), steps)
-    moved = [key for key, value in distiller.weights().items() if not torch.equal(before[key], value)]
+    now = distiller.student.named_parameters()
+    moved = [name for name, value in now if not torch.allclose(before[name], value, rtol=0, atol=1e-20)]
     assert len(seen) == 25 and len(moved) == 2
     return distiller, *(torch.cat(rows).double() for rows in zip(*seen, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["head", "cnn head"])
+@pytest.mark.parametrize("kind", ["head", "cnn head", "all", "cnn"])
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty, temperature):
+def test_a_head_is_fitted_to_all_that_was_looked_at(monkeypatch, kind, penalty, temperature):
     """No change of it makes the loss of all looks less: its gradient is none, beside that of no head at all."""
-    distiller, x, y = fitted(kind, penalty, temperature)
+    distiller, x, y = fitted(monkeypatch, kind, penalty, temperature)
     spread = x.std(dim=0, correction=0).clamp(min=1e-6)
 
     def gradient(weights: torch.Tensor, biases: torch.Tensor) -> float:
@@ -930,9 +937,9 @@ def test_a_head_is_fitted_to_all_that_was_looked_at(kind, penalty, temperature):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_at_high_temperature_a_fitted_head_is_the_ridge_regression(penalty):
+def test_at_high_temperature_a_fitted_head_is_the_ridge_regression(monkeypatch, penalty):
     """What a least squares solver gives for all looks together, the penalty as rows of its own."""
-    distiller, x, y = fitted("head", penalty, 1e3)
+    distiller, x, y = fitted(monkeypatch, "head", penalty, 1e3)
     centred, y = x - x.mean(dim=0), y - y.mean(dim=1, keepdim=True)
     spread = centred.square().mean(dim=0).sqrt().clamp(min=1e-6)
     rows = torch.cat([centred / spread, (penalty * len(x)) ** 0.5 * torch.eye(x.shape[1]).double()])
@@ -979,12 +986,15 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
         ("head", {"match": ("logits", "relations")}, "--match logits relations: --optimizer lbfgs"),
         ("head", {"reuse": 2}, "--reuse 2: --optimizer lbfgs uses all"),
         ("head", {"head_penalty": -1.0}, "--head_penalty -1.0 is not"),
+        ("head", {"head_steps": 2}, "--head_steps 2: --optimizer lbfgs fits the head after every epoch already"),
+        ("all", {"optimizer": "sgd", "head_steps": 10**7}, "all that is looked at needs .* lower --head_steps 10000000"),
+        ("biasless", {"optimizer": "sgd", "head_steps": 2}, "--head_steps 2 fits linear layers, which .* not end in"),
         ("head", {"epochs": 10**6, "steps": 10**4}, "all that is looked at needs about .* lower --kd_steps 10000"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(kind, settings, why):
     with pytest.raises(UserError, match=why):
-        Distiller(tiny_model(), a_student(kind), DistillConfig(optimizer="lbfgs", **settings), CPU)
+        Distiller(tiny_model(), a_student(kind), DistillConfig(**{"optimizer": "lbfgs", **settings}), CPU)
 
 
 def test_wrong_fast_kernels_are_noticed_and_not_used(monkeypatch):

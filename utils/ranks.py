@@ -83,6 +83,15 @@ def total(values: Tensor) -> Tensor:
     return _reduced(values, dist.ReduceOp.SUM)
 
 
+def gathered(values: Tensor) -> Tensor:
+    """The rows of a tensor, as many on each, of all ranks: the same on all of them."""
+    if ranks() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(ranks())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 def lowest(values: Tensor) -> Tensor:
     """The lowest of a tensor, element by element, over the ranks."""
     return _reduced(values, dist.ReduceOp.MIN)
