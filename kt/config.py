@@ -133,10 +133,13 @@ class DistillConfig:
             if given.get("optimizer", "adamw" if steps else "lbfgs") == "lbfgs":
                 said |= {"optimizer": "lbfgs", "temperature": 8.0, "steps": 25}
             else:
-                lr = 3e-3 if head else 1e-4 if student.init == "pretrained" else 1e-3
+                pretrained = student.init == "pretrained"
+                lr = 3e-3 if head else 3e-5 if pretrained else 1e-3
                 said |= {"optimizer": "adamw", "lr_schedule": "cosine", "lr": lr, "steps": 200}
                 if head and student.name is None and "match" not in given:  # what reuse is for
                     said["reuse"] = 8
+                if not head and pretrained and student.name is None:
+                    said |= {"head_steps": 250, "temperature": 8.0, "steps": 30}
         if not flip:
             said["augment"] = tuple(change for change in said.get("augment", cls.augment) if change != "flip")
         return cls(**(said | given))

@@ -183,9 +183,14 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     learning = transfer_task(transfer_parser("").parse_args(["--preset", "transfer", *given])).distillation
     assert (learning.augment, learning.optimizer, learning.reuse, learning.lr) == ((), "sgd", 1, 0.5)
     assert learning.epochs == DistillConfig.of_preset("transfer", StudentConfig()).epochs == 10
-    for student, rate in ((StudentConfig(finetune="full"), 1e-4), (FROM_SCRATCH, 1e-3)):
+    for student, *wanted in (
+        (StudentConfig(finetune="full"), 3e-5, 250, 30),
+        (StudentConfig("resnet10t", finetune="full"), 3e-5, 0, 200),
+        (FROM_SCRATCH, 1e-3, 0, 200),
+    ):
         of_all = DistillConfig.of_preset("transfer", student)
-        assert (of_all.lr, of_all.optimizer, of_all.steps, of_all.reuse) == (rate, "adamw", 200, 1)
+        assert [of_all.lr, of_all.head_steps, of_all.steps] == wanted
+        assert (of_all.optimizer, of_all.reuse) == ("adamw", 1)
     assert DistillConfig.of_preset("transfer", StudentConfig("resnet10t")).reuse == 1
     stepwise = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="adamw")
     assert (stepwise.lr, stepwise.reuse, stepwise.steps, stepwise.lr_schedule) == (3e-3, 8, 200, "cosine")
