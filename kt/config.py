@@ -156,7 +156,9 @@ class DistillConfig:
         if self.optimizer == "lbfgs" and ways != {"logits"}:
             raise UserError(f"--match {' '.join(self.match)}: --optimizer lbfgs fits a head to logits alone")
         if self.optimizer == "lbfgs" and self.head_steps:
-            raise UserError(f"--head_steps {self.head_steps}: --optimizer lbfgs fits the head after every epoch already")
+            raise UserError(
+                f"--head_steps {self.head_steps}: --optimizer lbfgs fits the head after every epoch already"
+            )
         if self.optimizer == "lbfgs" and self.reuse != 1:
             raise UserError(f"--reuse {self.reuse}: --optimizer lbfgs uses all that was looked at already")
         chosen = [(name, getattr(self, name), values) for name, values in known.items()]

@@ -239,8 +239,8 @@ class Distiller:
         each = 4 * (saved + 3 * vit.grid.count * vit.grid.pixels + 2 * vit.largest(tokens))
         require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 
-    def run(self, images: SparseImages, steps: int) -> float:
-        """`steps` steps on batches drawn from `images`. Returns the mean loss.
+    def run(self, images: SparseImages, steps: int, tick: Callable[[], object] = lambda: None) -> float:
+        """`steps` steps on batches drawn from `images`. Returns the mean loss. `tick` is called after every batch.
 
         Raises:
             UserError: no images, a loss that is no longer finite, or not enough GPU memory.
@@ -254,9 +254,10 @@ class Distiller:
             # What torch says once of an RMS norm whose weights are in float32.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             if steps and self.config.head_steps and not self.steps:
-                self._fit(self._first_looks(images))
+                self._fit(self._first_looks(images, tick))
             for _ in range(steps):
                 total += self._look(images) if self.fits else self._step(images)
+                tick()
         loss = summed([total.item()], self.device)[0] / (max(steps, 1) * ranks())
         if loss != loss or loss in (float("inf"), float("-inf")):
             mend = "" if self.fits else "; lower --lr, in a new --output"
@@ -295,13 +296,17 @@ class Distiller:
         return self.lesson(fed, taught)
 
     @torch.no_grad()
-    def _first_looks(self, images: SparseImages) -> Memory:
-        """What the student's head reads of `head_steps` batches, before anything is learnt, and what the teacher says."""
+    def _first_looks(self, images: SparseImages, tick: Callable[[], object]) -> Memory:
+        """What the student's head reads of `head_steps` batches, before anything is learnt, and what the teacher says.
+
+        The gradients of a head that is fitted already leave a pretrained backbone what it knows (Kumar et al., 2022).
+        """
         memory = Memory(None)
         for _ in range(self.config.head_steps):
             batch = self._batch(images)
             fed, taught = self._within_memory(lambda batch=batch: self._seen(batch), batch)
             memory.add(gathered(self.lesson.said(fed).features), gathered(taught.logits))
+            tick()
         return memory
 
     @torch.no_grad()
@@ -499,16 +504,17 @@ def distill(
     last_seen = "top1" if config.keep == "last" else "agreement"
     if begun and due and found.history[-1][last_seen] is None:
         finish(begun - 1, fed(begun - 1)[1])  # it was stopped while it looked
-    with tqdm(total=config.epochs, initial=begun, unit="epoch", disable=hidden) as bar:
+    batches = config.head_steps + config.epochs * config.steps
+    gone = config.head_steps + begun * config.steps if begun else 0
+    with tqdm(total=batches, initial=gone, desc="distillation", unit="batch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):
             there, held_back = fed(epoch)
             start = time.perf_counter()
-            loss = distiller.run(there, config.steps)
+            loss = distiller.run(there, config.steps, bar.update)
             found.seconds += time.perf_counter() - start
             found.history.append({"loss": round(loss, 5), "images": len(there), "top1": None, "agreement": None})
             finish(epoch, held_back)
-            bar.set_postfix(loss=f"{loss:.4g}", images=len(there), refresh=False)
-            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.4g}", images=len(there), refresh=False)
     if not found.kept or (config.keep == "last" and found.kept < len(found.history)):
         finish(config.epochs - 1, fed(len(found.history) - 1)[1])  # stopped between two looks, and told to end there
     if found.kept_weights:

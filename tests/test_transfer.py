@@ -900,9 +900,7 @@ def test_reuse_refuses_what_it_cannot_keep():
         Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
 
 
-def fitted(
-    monkeypatch, kind: str, penalty: float, temperature: float
-) -> tuple[Distiller, torch.Tensor, torch.Tensor]:
+def fitted(monkeypatch, kind: str, penalty: float, temperature: float) -> tuple[Distiller, torch.Tensor, torch.Tensor]:
     """A student fitted to 25 batches of 4, what its head read and what the teacher said, float64.
 
     One of which all learns is fitted before its first step, which here is none.
@@ -992,7 +990,11 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
         ("head", {"reuse": 2}, "--reuse 2: --optimizer lbfgs uses all"),
         ("head", {"head_penalty": -1.0}, "--head_penalty -1.0 is not"),
         ("head", {"head_steps": 2}, "--head_steps 2: --optimizer lbfgs fits the head after every epoch already"),
-        ("all", {"optimizer": "sgd", "head_steps": 10**7}, "all that is looked at needs .* lower --head_steps 10000000"),
+        (
+            "all",
+            {"optimizer": "sgd", "head_steps": 10**7},
+            "all that is looked at needs .* lower --head_steps 10000000",
+        ),
         ("biasless", {"optimizer": "sgd", "head_steps": 2}, "--head_steps 2 fits linear layers, which .* not end in"),
         ("head", {"epochs": 10**6, "steps": 10**4}, "all that is looked at needs about .* lower --kd_steps 10000"),
     ],
