@@ -517,6 +517,10 @@ def distill(
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.4g}", images=len(there), refresh=False)
     if not found.kept or (config.keep == "last" and found.kept < len(found.history)):
         finish(config.epochs - 1, fed(len(found.history) - 1)[1])  # stopped between two looks, and told to end there
+    first, last = (found.history[epoch]["loss"] for epoch in (0, -1))
+    if last > 2 * first and rank() == 0:
+        told = f"the distillation loss was {first:.4g} in the first epoch and is {last:.4g} in the last"
+        warnings.warn(UserNote(f"{told}: lower --lr, in a new --output"), stacklevel=2)
     if found.kept_weights:
         distiller.student.load_state_dict(found.kept_weights)
     wait_for_all()

@@ -895,6 +895,16 @@ def test_what_was_seen_is_kept_over_a_stop_and_no_more_than_there_is_room_for(tm
     assert [len(one) for one in rows] == [10, 10]
 
 
+@pytest.mark.parametrize(("lr", "grows"), [(1e-2, False), (1e3, True)])
+def test_a_loss_that_grows_is_told(recwarn, lr, grows):
+    """Too high a learning rate need not end in infinity; a student that learns has nothing to be told."""
+    config = DistillConfig(batch_size=4, epochs=8, lr=lr, dtype="float32")
+    losses = [epoch["loss"] for epoch in distill(tiny_model(), a_student("head"), kept_images(), config, CPU).history]
+    assert (losses[-1] > 2 * losses[0]) == grows
+    told = [str(one.message) for one in recwarn]
+    assert [f"is {losses[-1]:.4g} in the last: lower --lr" in one for one in told] == [True] * grows
+
+
 def test_reuse_refuses_what_it_cannot_keep():
     with pytest.raises(UserError, match="--reuse 2 keeps no tokens"):
         Distiller(tiny_model(), a_student("head"), DistillConfig(reuse=2, match=("relations",)), CPU)
