@@ -128,17 +128,16 @@ class DistillConfig:
         """
         said = dict(PRESETS.get(preset, {}))
         if said:
-            head = student.finetune == "linear"
-            steps = not head or student.name is not None or given.keys() & {"match", "lr", "lr_schedule", "reuse"}
-            if given.get("optimizer", "adamw" if steps else "lbfgs") == "lbfgs":
+            head, pretrained, own = student.finetune == "linear", student.init == "pretrained", student.name is None
+            by_steps = given.keys() & {"match", "lr", "lr_schedule", "reuse", "head_steps"}
+            if given.get("optimizer", "lbfgs" if head and own and not by_steps else "adamw") == "lbfgs":
                 said |= {"optimizer": "lbfgs", "temperature": 8.0, "steps": 25}
             else:
-                pretrained = student.init == "pretrained"
                 lr = 3e-3 if head else 3e-5 if pretrained else 1e-3
                 said |= {"optimizer": "adamw", "lr_schedule": "cosine", "lr": lr, "steps": 200}
-                if head and student.name is None and "match" not in given:  # what reuse is for
+                if own and head and "match" not in given:  # what reuse is for
                     said["reuse"] = 8
-                if not head and pretrained and student.name is None:
+                elif own and pretrained and not head:
                     said |= {"head_steps": 250, "temperature": 8.0, "steps": 30}
         if not flip:
             said["augment"] = tuple(change for change in said.get("augment", cls.augment) if change != "flip")

@@ -151,7 +151,8 @@ class Distiller:
         whole = isinstance(student, WholeStudent)
         classifier = {id(parameter) for parameter in classifier_parameters(student.vit)}
         head_alone = all(id(p) in classifier for p in student.vit.parameters() if p.requires_grad)
-        head_alone = head_alone and (not whole or self.student.ends_in_classifier())
+        ends_in_heads = not whole or self.student.ends_in_classifier()
+        head_alone = head_alone and ends_in_heads
         self.backbone = self._frozen(student.vit) if head_alone and not whole else None
         self.fill = whole if config.fill is None else config.fill
         if whole and not (self.fill or config.join):
@@ -171,7 +172,7 @@ class Distiller:
         self._require_reuse(student.name)
         self.heads = classifiers(student.vit)
         if self.fits or config.head_steps:
-            self._require_fit(student.name, whole)
+            self._require_fit(student.name, ends_in_heads)
         self.model = DistributedDataParallel(self.lesson) if ranks() > 1 else self.lesson
         learning = [p for p in self.lesson.parameters() if p.requires_grad]
         self.optimizer = None
@@ -210,23 +211,25 @@ class Distiller:
         if ranks() > 1:
             raise UserError(f"--reuse {reuse} is for one process")
 
-    def _require_fit(self, name: str, whole: bool) -> None:
+    def _require_fit(self, name: str, ends_in_heads: bool) -> None:
         """Raise `UserError` where a head is not fitted at once, or what that takes finds no room."""
         config = self.config
         linear = all(isinstance(head, nn.Linear) and head.bias is not None for head in self.heads)
-        linear = linear and (not whole or self.student.ends_in_classifier())
-        if self.fits and (not (self.lesson.head_alone and linear) or ranks() > 1):
-            raise UserError(
-                f"--optimizer lbfgs is for a student of which linear layers at its end learn alone, and for one "
-                f"process; {name} is not taught so"
-            )
-        if not linear:
-            raise UserError(f"--head_steps {config.head_steps} fits linear layers, which {name} does not end in")
+        if self.fits:
+            if not (self.lesson.head_alone and linear) or ranks() > 1:
+                raise UserError(
+                    f"--optimizer lbfgs is for a student of which linear layers at its end learn alone, and for one "
+                    f"process; {name} is not taught so"
+                )
+            steps, looks, flag = config.steps, config.epochs * config.batch_size, "--kd_steps"
+        else:
+            if not (ends_in_heads and linear):
+                raise UserError(
+                    f"--head_steps {config.head_steps} fits linear layers, which {name} does not end in; give 0"
+                )
+            steps, looks, flag = config.head_steps, config.batch_size, "--head_steps"
         width, classes = sum(head.in_features for head in self.heads), self.heads[0].out_features
         each = 4 * (width + classes) + 8 * (3 * width + 5 * classes)  # in float64 too, and what a gradient takes
-        steps, looks, flag = config.head_steps, config.batch_size, "--head_steps"
-        if self.fits:
-            steps, looks, flag = config.steps, config.epochs * looks, "--kd_steps"
         require_memory(steps, looks * each, self.device, "all that is looked at", flag)
 
     def _require_memory(self, student: LoadedModel | WholeStudent) -> None:
@@ -518,7 +521,7 @@ def distill(
     if not found.kept or (config.keep == "last" and found.kept < len(found.history)):
         finish(config.epochs - 1, fed(len(found.history) - 1)[1])  # stopped between two looks, and told to end there
     first, last = (found.history[epoch]["loss"] for epoch in (0, -1))
-    if last > 2 * first and rank() == 0:
+    if last > 2 * first and not distiller.fits and rank() == 0:
         told = f"the distillation loss was {first:.4g} in the first epoch and is {last:.4g} in the last"
         warnings.warn(UserNote(f"{told}: lower --lr, in a new --output"), stacklevel=2)
     if found.kept_weights:

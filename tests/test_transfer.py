@@ -197,6 +197,8 @@ def test_a_preset_says_how_a_student_learns_and_given_flags_win():
     fitted = DistillConfig.of_preset("transfer", StudentConfig(), optimizer="lbfgs", lr=1.0)
     assert fitted == replace(DistillConfig.of_preset("transfer", StudentConfig()), lr=1.0)
     assert (fitted.temperature, fitted.reuse, fitted.steps) == (8.0, 1, 25)
+    begun = DistillConfig.of_preset("transfer", StudentConfig(), head_steps=5)
+    assert (begun.optimizer, begun.head_steps, begun.reuse) == ("adamw", 5, 8)
     plain = transfer_task(transfer_parser("").parse_args(["--preset", "smi"])).distillation
     assert plain == transfer_task(transfer_parser("").parse_args([])).distillation == DistillConfig()
 
@@ -1005,7 +1007,7 @@ def test_a_head_on_the_teachers_own_features_is_the_teachers(tmp_path, model):
             {"optimizer": "sgd", "head_steps": 10**7},
             "all that is looked at needs .* lower --head_steps 10000000",
         ),
-        ("biasless", {"optimizer": "sgd", "head_steps": 2}, "--head_steps 2 fits linear layers, which .* not end in"),
+        ("biasless", {"optimizer": "sgd", "head_steps": 2}, "--head_steps 2 fits linear layers, which .* in; give 0"),
         ("head", {"epochs": 10**6, "steps": 10**4}, "all that is looked at needs about .* lower --kd_steps 10000"),
     ],
 )
