@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,14 @@ def test_compare_keeps_finished_cells(tmp_path, capsys):
         assert Image.open(tmp_path / "out" / picture).size[0] > 400
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in ("cmi-pri", "W4/A4", "compare"))
+
+
+def test_the_images_of_the_demos_first_step_are_a_cell_of_its_comparison():
+    """Which has their seconds from there, for its table."""
+    text = (Path(compare.__file__).parent / "demo.sh").read_text()
+    single, grid = (re.search(rf"{name}\.py [^#]*?--output (\S+)", text)[1] for name in ("test_quant", "compare"))
+    args, others = compare.quant_grid_parser("", "").parse_known_args(["--strategies", "smi", "--output", grid])
+    assert Path(single) in {cell.task.folder for cell in compare.cells_of(args, others)}
 
 
 def test_flags_of_quantization_go_through_compare(tmp_path):
