@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from utils.device import pick_device, pick_dtype, require_memory, within_memory
 from utils.errors import UserError, UserNote
 from utils.ranks import gathered, rank, ranks, summed, wait_for_all
 
+NEGLIGIBLE = 1e-3
+"""A distillation loss that says nothing when it doubles: the student's answers are the teacher's."""
 Result = TypeVar("Result")
 
 
@@ -181,6 +184,8 @@ class Distiller:
         elif config.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.begun = not config.head_steps
+        """Whether the first head is there."""
 
     def _frozen(self, vit: nn.Module) -> SparseViT:
         """A copy that does not learn. Where it would compute something else than plain code does, it is plain."""
@@ -243,7 +248,9 @@ class Distiller:
         require_memory(self.config.batch_size // ranks(), each, self.device, "a step", "--kr-batchsize")
 
     def run(self, images: SparseImages, steps: int, tick: Callable[[], object] = lambda: None) -> float:
-        """`steps` steps on batches drawn from `images`. Returns the mean loss. `tick` is called after every batch.
+        """`steps` steps on batches drawn from `images`, `begin` before the first of all. Returns the mean loss.
+
+        `tick` is called after every batch.
 
         Raises:
             UserError: no images, a loss that is no longer finite, or not enough GPU memory.
@@ -252,12 +259,10 @@ class Distiller:
             raise UserError(
                 "the pool is empty; let images be synthesized (--images_per_epoch) or give another --datapool"
             )
+        if steps and not self.begun:
+            self.begin(images, tick)
         total = torch.zeros((), device=self.device)
-        with warnings.catch_warnings():
-            # What torch says once of an RMS norm whose weights are in float32.
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            if steps and self.config.head_steps and not self.steps:
-                self._fit(self._first_looks(images, tick))
+        with _quiet_norms():
             for _ in range(steps):
                 total += self._look(images) if self.fits else self._step(images)
                 tick()
@@ -299,18 +304,21 @@ class Distiller:
         return self.lesson(fed, taught)
 
     @torch.no_grad()
-    def _first_looks(self, images: SparseImages, tick: Callable[[], object]) -> Memory:
-        """What the student's head reads of `head_steps` batches, before anything is learnt, and what the teacher says.
+    def begin(self, images: SparseImages, tick: Callable[[], object] = lambda: None) -> None:
+        """Fit the first head to what it reads of `head_steps` batches, before anything is learnt.
 
         The gradients of a head that is fitted already leave a pretrained backbone what it knows (Kumar et al., 2022).
+        `tick` is called after every batch.
         """
         memory = Memory(None)
-        for _ in range(self.config.head_steps):
-            batch = self._batch(images)
-            fed, taught = self._within_memory(lambda batch=batch: self._seen(batch), batch)
-            memory.add(gathered(self.lesson.said(fed).features), gathered(taught.logits))
-            tick()
-        return memory
+        with _quiet_norms():
+            for _ in range(self.config.head_steps):
+                batch = self._batch(images)
+                fed, taught = self._within_memory(lambda batch=batch: self._seen(batch), batch)
+                memory.add(gathered(self.lesson.said(fed).features), gathered(taught.logits))
+                tick()
+        self._fit(memory)
+        self.begun = True
 
     @torch.no_grad()
     def _fit(self, memory: Memory) -> None:
@@ -381,6 +389,7 @@ class Distiller:
             "student": self.weights(),
             "matches": {key: value.cpu().clone() for key, value in self.lesson.matches.state_dict().items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "begun": self.begun,
             "steps": self.steps,
             "memory": [rows.cpu() for rows in self.memory.rows() or ()],
             "random": self.generator.get_state(),
@@ -394,12 +403,20 @@ class Distiller:
         self.lesson.matches.load_state_dict(state["matches"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
+        self.begun, self.steps = state["begun"], state["steps"]
         self.memory.parts = [tuple(rows.to(self.device) for rows in state["memory"])] if state["memory"] else []
         self.generator.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
         if len(state["cuda_dropout"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_dropout"])
+
+
+@contextlib.contextmanager
+def _quiet_norms() -> Iterator[None]:
+    """Without what torch says once of an RMS norm whose weights are in float32."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 @dataclass
@@ -461,7 +478,7 @@ def distill(
         config: how.
         device: where to run; None: a GPU if there is one.
         evaluate: gives the student's top-1 in per cent; None: it is not evaluated.
-        checkpoint: where every epoch leaves its state, and whose state the training goes on from.
+        checkpoint: where the first head and every epoch leave their state, and whose state the training goes on from.
         progress: show a progress bar on stderr.
         eager: as for `Distiller`.
 
@@ -481,6 +498,10 @@ def distill(
             found.history, found.nearest = [{key: one[key] for key in keys} for one in found.history], (*found.nearest,)
     begun, hidden = len(found.history), not progress or rank() > 0
 
+    def keep_state() -> None:
+        if checkpoint is not None and rank() == 0:
+            checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
+
     def finish(epoch: int, held_back: SparseImages | None) -> None:
         """Look at the student where it is time; what was learnt is kept, whatever becomes of that."""
         try:
@@ -489,8 +510,7 @@ def distill(
                     found.history[-1]["top1"] = evaluate(distiller.student)
                 found.looked_at(distiller, held_back)
         finally:
-            if checkpoint is not None and rank() == 0:
-                checkpoint.write({"distiller": distiller.state_dict(), "progress": vars(found)})
+            keep_state()
 
     def fed(epoch: int) -> tuple[SparseImages, SparseImages | None]:
         """The images of an epoch, and those that are held back of them."""
@@ -508,11 +528,15 @@ def distill(
     if begun and due and found.history[-1][last_seen] is None:
         finish(begun - 1, fed(begun - 1)[1])  # it was stopped while it looked
     batches = config.head_steps + config.epochs * config.steps
-    gone = config.head_steps + begun * config.steps if begun else 0
+    gone = (config.head_steps if distiller.begun else 0) + begun * config.steps
     with tqdm(total=batches, initial=gone, desc="distillation", unit="batch", disable=hidden) as bar:
         for epoch in range(begun, config.epochs):
             there, held_back = fed(epoch)
             start = time.perf_counter()
+            if config.steps and not distiller.begun:
+                distiller.begin(there, bar.update)
+                found.seconds, start = found.seconds + time.perf_counter() - start, time.perf_counter()
+                keep_state()
             loss = distiller.run(there, config.steps, bar.update)
             found.seconds += time.perf_counter() - start
             found.history.append({"loss": round(loss, 5), "images": len(there), "top1": None, "agreement": None})
@@ -521,7 +545,7 @@ def distill(
     if not found.kept or (config.keep == "last" and found.kept < len(found.history)):
         finish(config.epochs - 1, fed(len(found.history) - 1)[1])  # stopped between two looks, and told to end there
     first, last = (found.history[epoch]["loss"] for epoch in (0, -1))
-    if last > 2 * first and not distiller.fits and rank() == 0:
+    if last > 2 * max(first, NEGLIGIBLE) and not distiller.fits and rank() == 0:
         told = f"the distillation loss was {first:.4g} in the first epoch and is {last:.4g} in the last"
         warnings.warn(UserNote(f"{told}: lower --lr, in a new --output"), stacklevel=2)
     if found.kept_weights:

@@ -897,6 +897,38 @@ def test_what_was_seen_is_kept_over_a_stop_and_no_more_than_there_is_room_for(tm
     assert [len(one) for one in rows] == [10, 10]
 
 
+@pytest.mark.parametrize("kind", ["all", "cnn"])
+def test_a_first_head_is_kept_over_a_stop_in_the_first_epoch(tmp_path, monkeypatch, kind):
+    """Looking for it may take as long as all steps."""
+    config, stepped, looked = DistillConfig(batch_size=4, epochs=2, steps=2, lr=0.01, head_steps=3), Distiller._step, []
+    look = Distiller._batch
+    monkeypatch.setattr(Distiller, "_batch", lambda self, images: looked.append(1) or look(self, images))
+
+    def learnt(folder: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        student = a_student(kind)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        found = distill(
+            tiny_model(), student, kept_images(), config, CPU, checkpoint=Checkpoint(tmp_path / folder, {}, "student")
+        )
+        assert len(found.history) == 2
+        return student.vit.state_dict()
+
+    def stop(distiller: Distiller, images: SparseImages) -> torch.Tensor:
+        if distiller.steps:
+            raise KeyboardInterrupt
+        return stepped(distiller, images)
+
+    straight = learnt("straight")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Distiller, "_step", stop)
+        learnt("stopped")
+    looked.clear()
+    stopped = learnt("stopped")
+    assert len(looked) == 4
+    assert all(torch.equal(stopped[key], straight[key]) for key in straight)
+
+
 @pytest.mark.parametrize(("lr", "grows"), [(1e-2, False), (1e3, True)])
 def test_a_loss_that_grows_is_told(recwarn, lr, grows):
     """Too high a learning rate need not end in infinity; a student that learns has nothing to be told."""
@@ -905,6 +937,14 @@ def test_a_loss_that_grows_is_told(recwarn, lr, grows):
     assert (losses[-1] > 2 * losses[0]) == grows
     told = [str(one.message) for one in recwarn]
     assert [f"is {losses[-1]:.4g} in the last: lower --lr" in one for one in told] == [True] * grows
+
+
+def test_a_student_that_answers_as_the_teacher_does_has_nothing_to_be_told(recwarn):
+    """Its loss is rounding, which may double."""
+    for seed in range(4):
+        config = DistillConfig(batch_size=4, epochs=3, lr=0.1, dtype="float32", seed=seed)
+        distill(tiny_model(), tiny_model(), kept_images(), config, CPU)
+    assert not any("distillation loss" in str(one.message) for one in recwarn)
 
 
 def test_reuse_refuses_what_it_cannot_keep():
