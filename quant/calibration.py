@@ -110,7 +110,6 @@ def observed_bytes(vit: SparseViT, tokens: int, config: QuantConfig) -> int:
     return 4 * forms * vit.largest(tokens)
 
 
-@torch.no_grad()
 def require_batches(count: int, config: QuantConfig) -> None:
     """Raise `UserError` where `count` images are fewer batches than there are ranks."""
     batches = -(-count // config.batch_size)
@@ -121,6 +120,7 @@ def require_batches(count: int, config: QuantConfig) -> None:
         )
 
 
+@torch.no_grad()
 def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
     """The full-precision model, rotated and reparameterized if it shall be and `wrapped`, and its quantized copy.
 
