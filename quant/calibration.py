@@ -11,6 +11,7 @@ from models import SparseImages, SparseViT
 from models.blocks import SparseBlock
 from quant.compensation import compensate
 from quant.config import QuantConfig
+from quant.hadamard import can_mix, unmixed, with_hadamard
 from quant.insert import observers, places, quantized_layers, quantized_vit, quantizers, wrapped
 from quant.observers import OBSERVERS, MinMaxObserver, Observer
 from quant.reconstruction import FinishedStages, reconstruct
@@ -75,9 +76,11 @@ def fitting(vit: SparseViT, config: QuantConfig) -> QuantConfig:
     if config.reconstruct and ranks() > 1:
         raise UserError("--reconstruct runs in one process; start it without torchrun")
     parts = rotations(vit)
-    chosen = config.resolved(rotates=bool(parts))
+    chosen = config.resolved(rotates=bool(parts), mixes=can_mix(vit))
     if chosen.rotate and not parts:
         raise UserError(f"--rotate: nothing of this model can be rotated: {'; '.join(parts.refused())}")
+    if chosen.hadamard and not can_mix(vit):
+        raise UserError(f"--hadamard: nothing of this model can be mixed: {'; '.join(unmixed(vit))}")
     if OBSERVERS[chosen.observer].published and any(type(block) is not SparseBlock for block in vit.blocks):
         raise UserError("--observer published is for plain Vision Transformers; take minmax")
     chosen.widths(list(places(vit, OBSERVERS[chosen.observer])), len(vit.blocks))
@@ -122,7 +125,7 @@ def require_batches(count: int, config: QuantConfig) -> None:
 
 @torch.no_grad()
 def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
-    """The full-precision model, rotated and reparameterized if it shall be and `wrapped`, and its quantized copy.
+    """The full-precision model, rotated, mixed and reparameterized if it shall be, `wrapped`, and its quantized copy.
 
     Arguments and errors are those of `quantize`.
     """
@@ -130,6 +133,7 @@ def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tup
         raise UserError("there are no calibration images")
     require_batches(len(images), config)
     reference, fixed = rotated(vit, config.seed) if config.rotate else vit, {}
+    reference = with_hadamard(reference) if config.hadamard else reference
     if OBSERVERS[config.method].reparameterize:
         reference, fixed = _reparameterized(reference, images, config)
     quantized, published = quantized_vit(reference, config), OBSERVERS[config.method].published

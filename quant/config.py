@@ -21,10 +21,16 @@ PRESETS = {"quantize": {"observer": "auto", "num_images": 64}}
 """What `--preset` says of calibration, besides of the images; flags that are given win."""
 RECONSTRUCTION_LOSSES = ("mse", "fisher", "global")
 """Keys of `quant.losses.LOSSES`, which needs torch."""
-LEFT: dict[str, object] = {"rotate": False, "compensate": False, "fill": False, "augment": ()}
+LEFT: dict[str, object] = {"rotate": False, "hadamard": False, "compensate": False, "fill": False, "augment": ()}
 """What is done besides choosing ranges where nothing is said, and, with `auto`, at 8 bits."""
-MENDED: dict[str, object] = {"rotate": True, "compensate": True, "fill": True, "augment": ("crop", "blur", "colour")}
-"""What `auto` does below 8 bits."""
+MENDED: dict[str, object] = {
+    "rotate": True,
+    "hadamard": True,
+    "compensate": True,
+    "fill": True,
+    "augment": ("crop", "blur", "colour"),
+}
+"""What `auto` does below 8 bits, `hadamard` below 8 bits of activations."""
 EITHER = {"action": argparse.BooleanOptionalAction}
 OLDEST_OPSET, INT4_OPSET = 17, 21
 """The first with layer norms, and the first with int4."""
@@ -53,9 +59,9 @@ def parts(text: str) -> tuple[str, ...]:
 class QuantConfig:
     """Everything that a quantized model depends on besides the model and the images.
 
-    `rotate`, `compensate`, `fill` and `augment` that are None are what the observer `auto` takes at these widths, of
-    any other one off; `resolved` says which. `keep`: see `kept`. `batch_size`: images a forward pass. `seed`: of the
-    matrices of `rotate`, of the changes of `augment` and of what `reconstruct` draws.
+    `rotate`, `hadamard`, `compensate`, `fill` and `augment` that are None are what the observer `auto` takes at these
+    widths, of any other one off; `resolved` says which. `keep`: see `kept`. `batch_size`: images a forward pass.
+    `seed`: of the matrices of `rotate`, of the changes of `augment` and of what `reconstruct` draws.
 
     Raises `UserError` for values that cannot be, or not together.
     """
@@ -65,14 +71,20 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: heads, --rotate, --compensate, --fill and --augment below 8 bits, else mse; "
-        "default minmax, of --preset quantize auto",
+        "matrix products alone; auto: heads, --rotate, --hadamard, --compensate, --fill and --augment below 8 bits, "
+        "else mse; default minmax, of --preset quantize auto",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")
     rotate: bool | None = setting(
         None,
         "rotate residual stream and heads, exactly, so that channels are alike; default: --observer decides",
+        **EITHER,
+    )
+    hadamard: bool | None = setting(
+        None,
+        "mix the hidden channels of every MLP in front of their quantizer, exactly, by a matrix that stays in the "
+        "model; default: --observer decides",
         **EITHER,
     )
     compensate: bool | None = setting(
@@ -118,6 +130,8 @@ class QuantConfig:
             raise UserError(f"--observer {self.observer} is not one of {', '.join((*OBSERVERS, 'auto'))}")
         if self.a_bit == 32 and self.observer in ("percentile", "repq"):
             raise UserError(f"--observer {self.observer} is about activations, which --a_bit 32 leaves alone; take mse")
+        if self.a_bit == 32 and self.hadamard:
+            raise UserError("--hadamard is about activations, which --a_bit 32 leaves alone")
         if self.a_bit == 32 and self.symmetric:
             raise UserError("--symmetric is about activations, which --a_bit 32 leaves alone")
         if self.w_bit == 32 and self.reconstruct:
@@ -133,14 +147,14 @@ class QuantConfig:
         if self.reconstruct_seconds is not None and not self.reconstruct:
             raise UserError("--reconstruct_seconds is the limit of --reconstruct, which is not given")
         if self.w_bit == self.a_bit == 32:
-            for flag in ("--keep", "--bias_correction", "--fill", "--join", "--augment", "--rotate", "--compensate"):
-                if getattr(self, flag.removeprefix("--")):
-                    raise UserError(f"{flag} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
+            for name in ("keep", "bias_correction", "join", *LEFT):
+                if getattr(self, name):
+                    raise UserError(f"--{name} needs something quantized, and --w_bit 32 --a_bit 32 leaves all alone")
         if self.keep and all(bits in (8, 32) for bits in (self.w_bit, self.a_bit)):
             raise UserError(f"--keep is for layers that shall have {KEPT_BITS} bits where the others have fewer")
 
-    def resolved(self, rotates: bool = True) -> QuantConfig:
-        """What `auto` stands for at these widths, of a model of which something can be rotated or (`rotates`) nothing.
+    def resolved(self, rotates: bool = True, mixes: bool = True) -> QuantConfig:
+        """What `auto` stands for at these widths; `rotates`, `mixes`: whether a model allows either in any part.
 
         With 8 bits ranges are all that it takes; with fewer, what docs/quantize.md has the tables of.
         """
@@ -149,6 +163,8 @@ class QuantConfig:
         chosen = {key: found[key] if getattr(self, key) is None else getattr(self, key) for key in found}
         if self.rotate is None and not rotates:
             chosen["rotate"] = False
+        if self.hadamard is None and not (mixes and self.a_bit < 8):
+            chosen["hadamard"] = False
         if auto:
             fine = "heads" if chosen["rotate"] or self.a_bit >= 8 else "repq"
             chosen["observer"] = fine if few else "mse"

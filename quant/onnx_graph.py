@@ -37,7 +37,8 @@ def require_exportable(vit: SparseViT) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
     def require_mlp(mlp: nn.Module) -> None:
-        in_a_row = type(mlp) is nn.Sequential and [name for name, _ in mlp.named_children()] == ["fc1", "act", "fc2"]
+        names = [name for name, _ in mlp.named_children() if name != "norm"]
+        in_a_row = type(mlp) is nn.Sequential and names == ["fc1", "act", "fc2"]
         if type(mlp) not in (Mlp, GluMlp, SwiGLU) and not in_a_row:
             refuse(f"an MLP of the kind {type(mlp).__name__}")
         if gelu(mlp.act) is None and not isinstance(mlp.act, nn.SiLU | QuickGELU):

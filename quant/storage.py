@@ -18,6 +18,7 @@ from models import LoadedModel, SparseImages, SparseViT
 from models.registry import bare_model
 from quant.calibration import fitting, quantize
 from quant.config import QuantConfig
+from quant.hadamard import with_hadamard
 from quant.insert import quantized_layers, quantized_vit, quantizers
 from quant.quantizers import largest_value_scale
 from quant.reconstruction import FinishedStages
@@ -202,6 +203,7 @@ def load_quantized(folder: str | Path) -> SparseViT:
         lists = {key: tuple(value) for key, value in about["quantization"].items() if isinstance(value, list)}
         config, bare = QuantConfig(**{**about["quantization"], **lists}), SparseViT(vit)
         bare = without_scales(bare) if config.rotate else bare
+        bare = with_hadamard(bare) if config.hadamard else bare
         quantized = quantized_vit(bare, config, scale_of=largest_value_scale)
         state = load_file(folder / WEIGHTS)
         for name, layer in quantized_layers(quantized).items():

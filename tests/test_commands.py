@@ -62,7 +62,7 @@ def test_low_bits_with_everything_that_mends_them(tmp_path, quick, capsys):
     assert report["quant"]["top1"] >= 90
     how = report["quantization"]
     assert (how["observer"], how["method"], how["rotate"], how["compensate"]) == ("auto", "heads", True, True)
-    taken = "--observer heads --rotate --compensate --fill --augment crop blur colour"
+    taken = "--observer heads --rotate --hadamard --compensate --fill --augment crop blur colour"
     assert f"auto takes {taken}: " in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert rows == report["sensitivity"]

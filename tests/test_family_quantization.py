@@ -14,6 +14,7 @@ from models import SparseViT, load_model
 from models.registry import bare_model, save_local_dir
 from quant import QuantConfig, fitting, load_quantized, quantize, save_quantized
 from quant.calibration import calibrated
+from quant.hadamard import Hadamard, can_mix, unmixed, with_hadamard
 from quant.insert import places, quantized_layers, quantizers
 from quant.integers import with_integer_products
 from quant.observers import OBSERVERS
@@ -42,6 +43,7 @@ METHODS = {
     "repq": {"observer": "repq"},
     "symmetric repq": {"observer": "repq", "symmetric": True},
     "auto": {"observer": "auto", "compensate": True, "rotate": True},
+    "mixed": {"observer": "mse", "hadamard": True},
     "bias correction": {"observer": "mse", "bias_correction": True},
     "reconstruction": {"observer": "mse", "reconstruct": True, "reconstruct_steps": 5},
 }
@@ -59,6 +61,9 @@ REFUSED = {
     "vit_dwee_patch16_reg1_gap_256": (None, None, BEHIND),
     "vit_dpwee_patch16_reg1_gap_256": (None, None, BEHIND),
 }
+
+UNMIXED = {"eva02_enormous_patch14_clip_224"}
+"""Whose MLPs, as narrow as they are here, have a width that no group divides."""
 
 
 @functools.cache
@@ -86,6 +91,8 @@ def errors(quantized: SparseViT, vit: SparseViT, images) -> tuple[float, float]:
 @pytest.mark.parametrize("method", METHODS)
 def test_logits_at_eight_bits_are_near_full_precision(name, options, method):
     vit = vit_of(name, options)
+    if method == "mixed" and not can_mix(vit):
+        pytest.skip(f"nothing is mixed: {unmixed(vit)[0]}")
     images = images_of(vit, 8)
     of_all, of_differences = errors(quantize(vit, images, QuantConfig(8, 8, **METHODS[method])), vit, images)
     if method == "minmax":  # a range for every tensor, scores and sums among them, with all that is far out
@@ -118,6 +125,16 @@ def test_a_rotated_model_computes_the_same(name, options):
     assert (logits(turned, images) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     changed = [not torch.equal(a, b) for a, b in zip(vit.parameters(), turned.parameters(), strict=False)]
     assert any(changed)
+
+
+@every
+def test_a_mixed_model_computes_the_same(name, options):
+    vit = vit_of(name, options)
+    images, turned = images_of(vit, 3, kept=7), with_hadamard(vit)
+    wanted = logits(vit, images)
+    assert (logits(turned, images) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    mixed = [isinstance(module, Hadamard) for module in turned.modules()]
+    assert any(mixed) == can_mix(vit) and bool(unmixed(vit)) == (name in UNMIXED)
 
 
 @every

@@ -274,6 +274,7 @@ def test_kept_layers_have_eight_bits(vit, images, keep, wide):
         ({"w_bit": 32, "a_bit": 32, "fill": True}, "--fill"),
         ({"w_bit": 32, "a_bit": 32, "rotate": True}, "--rotate"),
         ({"w_bit": 32, "a_bit": 32, "compensate": True}, "--compensate"),
+        ({"w_bit": 32, "a_bit": 32, "hadamard": True}, "--hadamard"),
         ({"w_bit": 4, "reconstruct_loss": "global"}, "--reconstruct_loss.*--reconstruct"),
         ({"w_bit": 4, "reconstruct": True, "reconstruct_loss": "l1"}, "--reconstruct_loss l1"),
         ({"w_bit": 4, "reconstruct_seconds": 9.0}, "--reconstruct_seconds"),

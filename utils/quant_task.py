@@ -15,6 +15,7 @@ from models.registry import short_name
 from quant import QuantConfig, calibration, export, fitting, require_own_folder, save_quantized
 from quant.config import MENDED
 from quant.fidelity import fidelity
+from quant.hadamard import unmixed
 from quant.rotation import rotations
 from quant.sensitivity import save_sensitivity, sensitivity
 from quant.storage import quantized_once
@@ -212,8 +213,11 @@ def choice(asked: QuantConfig, config: QuantConfig, vit: SparseViT) -> str | Non
     if not steps:
         return f"auto takes --observer {config.observer}: at these widths ranges are all that it takes"
     why = "below 8 bits channels that look alike and layers fitted to their input decide"
-    left = rotations(vit).refused() if asked.rotate is None else []
-    but = f" (not rotated: {'; '.join(left)})" if left else ""
+    left = {
+        "not rotated": rotations(vit).refused() if asked.rotate is None else [],
+        "hidden channels not mixed": unmixed(vit) if asked.hadamard is None and config.a_bit < 8 else [],
+    }
+    but = "".join(f" ({what}: {'; '.join(lines)})" for what, lines in left.items() if lines)
     return f"auto takes --observer {config.observer} {' '.join(steps)}: {why}{but}"
 
 
