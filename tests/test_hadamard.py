@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from quant.hadamard import Hadamard, hadamard, unmixed, with_hadamard
 from quant.observers import OBSERVERS
 from quant.quantizers import ActivationQuantizer
 from tests.conftest import tiny_model, tiny_vit, whole_images
+from tests.families import family_vit
 from tests.test_rotation import ARCHITECTURES, built
 from utils.errors import UserError
 
@@ -110,3 +112,26 @@ def test_a_file_from_a_time_without_it_is_read(tmp_path):
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(load_quantized(tmp_path).forward_images(images), quantized.forward_images(images))
+
+
+KINDS = {"plain": ("vit_tiny_patch16_224", {}), "gated": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU})}
+KINDS |= {"a norm within": ("eva02_base_patch14_224", {}), "in a row": ("vit_dpwee_patch16_reg1_gap_256", {})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_of_a_mixed_model_gives_its_logits(kind):
+    pytest.importorskip("onnx", reason="onnx is not installed (requirements-export.txt)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements-export.txt)")
+    from quant.export import OnnxModel
+    from quant.onnx_graph import onnx_model, require_exportable
+
+    name, options = KINDS[kind]
+    vit = SparseViT(family_vit(name, **options))
+    mixed = with_hadamard(vit)
+    require_exportable(mixed)
+    images = torch.randn(3, 3, *vit.grid.image_size)
+    with torch.no_grad():
+        expected = vit.forward_images(images)
+    found = OnnxModel(onnx_model(mixed, {}, 17).SerializeToString()).forward_images(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert any(isinstance(module, Hadamard) for module in mixed.modules())

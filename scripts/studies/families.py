@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train": "scripts/train_teacher.py", "quant": "test_quant.py", "kt": "test_kt.py"}
 SCHEDULE = "--prune_ratio 0.3 0.3 0.3 0.3 --tv2 0.01 --no-flip"
 QUANT = f"--iterations 200 --prune_it 10 20 30 40 {SCHEDULE}"
-LOW = "--w_bit 4 --a_bit 4 --observer auto --augment"
+LOW = "--w_bit 4 --a_bit 4 --observer auto --no-hadamard --augment"
 """The images as they are."""
 STEPS = "--epochs 2 --kd_steps 200 --eval_every 2 --lr 0.1 --kd_lr_schedule cosine --augment shift"
 KT = f"--student deit_nano_4_digits {STEPS}"

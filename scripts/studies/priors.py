@@ -46,7 +46,7 @@ from utils.report import markdown, table
 if TYPE_CHECKING:
     from utils.quant_task import QuantTask
 
-BASE = "--init pink --lr_schedule cosine --tv2 1e-3 --observer auto --augment"
+BASE = "--init pink --lr_schedule cosine --tv2 1e-3 --observer auto --no-hadamard --augment"
 """Of every pair; flags that are given win."""
 PRIORS = {
     "deepinversion": "--prior deepinversion",
