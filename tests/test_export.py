@@ -461,3 +461,19 @@ def test_the_runner_prepares_images_as_timm_does(crop_mode, crop_pct, interpolat
         image = Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
         expected = how.eval_transform()(image).numpy()
         np.testing.assert_allclose(preprocess(image, asdict(how)), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("onnx_packages")
+def test_the_study_of_runtimes_runs_every_file_here(tmp_path, monkeypatch):
+    """With no other runtime at hand its table has the simulated models and the runtime of this environment."""
+    from scripts.studies import runtimes
+
+    monkeypatch.setattr(runtimes, "WIDTHS", ((8, 8), (4, 4)))
+    flags = ["--val_limit", "40", "--num_images", "8", "--num_workers", "0", "--output", str(tmp_path)]
+    simulated, *rows = runtimes.main(flags)
+    assert simulated.pop("runs") == "simulated" and len(rows) >= 2
+    assert set(simulated) == {"W8/A8", "W8/A8, symmetric", "W4/A4", "W4/A4, symmetric"}
+    for row in rows:
+        assert row.pop("runs").startswith("opset ")
+        assert row == pytest.approx(simulated, abs=5.1)  # two of the 40 images
+    assert "| simulated |" in (tmp_path / "runtimes.md").read_text()

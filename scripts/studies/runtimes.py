@@ -110,7 +110,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     model = load_model(from_flags(ModelConfig, args))
     opsets = sorted({OLDEST_OPSET, INT4_OPSET, newest_opset(model, output / "w4.onnx")})
     test_set = evaluation_set(model, data)
-    batches = loader(limited(test_set, data.val_limit), data.val_batchsize, data.num_workers)
+    batches = loader(
+        limited(test_set, data.val_limit), data.val_batchsize, data.num_workers, model.preprocessing.input_size
+    )
     source = Real(data.dataset, data.class_order, data.background)
     calibration = images_at_hand(model, source, args.num_images, args.seed)
     vit, models, files = model.sparse(), {}, {}
