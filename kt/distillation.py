@@ -533,7 +533,7 @@ def distill(
         for epoch in range(begun, config.epochs):
             there, held_back = fed(epoch)
             start = time.perf_counter()
-            if config.steps and not distiller.begun:
+            if not distiller.begun:
                 distiller.begin(there, bar.update)
                 found.seconds, start = found.seconds + time.perf_counter() - start, time.perf_counter()
                 keep_state()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, GELUTanh
+from timm.layers import GELU, GELUTanh, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from models.attention import attention
@@ -281,6 +281,13 @@ class SparseBlock(nn.Module):
 
 def _or_nothing(module: nn.Module | None) -> nn.Module:
     return nn.Identity() if module is None else module
+
+
+def standard_mlp(mlp: nn.Module) -> bool:
+    """Whether an MLP is `fc1` (SwiGLU has two), an activation, `norm`, which may be nothing, and `fc2`, in turn."""
+    in_a_row = ["fc1", "act", "norm", "fc2"]
+    parts = [name for name, _ in mlp.named_children()]
+    return type(mlp) in (Mlp, GluMlp, SwiGLU) or (type(mlp) is nn.Sequential and parts == in_a_row)
 
 
 def gelu(act: nn.Module) -> str | None:

@@ -12,14 +12,11 @@ import copy
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from models import SparseViT
-from models.blocks import SparseBlock
+from models.blocks import SparseBlock, standard_mlp
 
-MLPS = (Mlp, GluMlp, SwiGLU)
-"""Those whose second layer reads what their norm, or nothing in its place, gives."""
 GROUPS = (64, 16)
 """Channels that are mixed with one another: the first of these numbers that divides the width."""
 
@@ -79,11 +76,8 @@ def with_hadamard(vit: SparseViT) -> SparseViT:
     vit = copy.deepcopy(vit).requires_grad_(False)
     for mlp, why in _mlps(vit):
         if why is None:
-            second, norm = mlp.fc2, getattr(mlp, "norm", nn.Identity())
-            if type(mlp) is nn.Sequential:
-                del mlp.fc2  # it goes behind what is put in
-            mlp.norm = Hadamard(norm, second.in_features, _group(second)).to(second.weight.device)
-            mlp.fc2 = second
+            second = mlp.fc2
+            mlp.norm = Hadamard(mlp.norm, second.in_features, _group(second)).to(second.weight.device)
             weight = mixed(second.weight.double(), mlp.norm.matrix.double()).to(second.weight.dtype)
             second.weight = nn.Parameter(weight, requires_grad=False)
     return vit
@@ -96,8 +90,7 @@ def _mlps(vit: SparseViT) -> list[tuple[nn.Module, str | None]]:
 
 
 def _refused(mlp: nn.Module) -> str | None:
-    in_a_row = type(mlp) is nn.Sequential and [name for name, _ in mlp.named_children()] == ["fc1", "act", "fc2"]
-    if not (type(mlp) in MLPS or in_a_row) or not isinstance(mlp.fc2, nn.Linear):
+    if not standard_mlp(mlp) or not isinstance(mlp.fc2, nn.Linear):
         return f"the MLP is a {type(mlp).__name__}"
     return None if _group(mlp.fc2) else f"no group of {' or '.join(map(str, GROUPS))} divides its {mlp.fc2.in_features}"
 

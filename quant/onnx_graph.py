@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, QuickGELU, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from models import SparseViT
-from models.blocks import SparseBlock, gelu, plain
+from models.blocks import SparseBlock, gelu, plain, standard_mlp
 from models.positions import Position, Turned
 from quant.config import stores_int4
 from quant.quantizers import ActivationQuantizer, LogSqrt2Quantizer
@@ -37,9 +37,7 @@ def require_exportable(vit: SparseViT) -> None:
         raise UserError(f"--export: {what} cannot be exported")
 
     def require_mlp(mlp: nn.Module) -> None:
-        names = [name for name, _ in mlp.named_children() if name != "norm"]
-        in_a_row = type(mlp) is nn.Sequential and names == ["fc1", "act", "fc2"]
-        if type(mlp) not in (Mlp, GluMlp, SwiGLU) and not in_a_row:
+        if not standard_mlp(mlp):
             refuse(f"an MLP of the kind {type(mlp).__name__}")
         if gelu(mlp.act) is None and not isinstance(mlp.act, nn.SiLU | QuickGELU):
             refuse(f"the activation {type(mlp.act).__name__}")
@@ -51,7 +49,7 @@ def require_exportable(vit: SparseViT) -> None:
             refuse(f"a block of the kind {type(block).__name__}")
     for block in parts:
         require_mlp(block.mlp)
-        norms += [block.norm1, block.norm2, block.attn_norm, block.q_norm, block.k_norm, mlp_norm(block.mlp)]
+        norms += [block.norm1, block.norm2, block.attn_norm, block.q_norm, block.k_norm, block.mlp.norm]
         norms += [scale for scale in (block.ls1, block.ls2) if not isinstance(scale, LayerScale)]
     if head.attn_pool is not None:
         pool = head.attn_pool
@@ -97,11 +95,6 @@ def onnx_model(vit: SparseViT, metadata: dict[str, str], opset: int) -> onnx.Mod
     helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def mlp_norm(mlp: nn.Module) -> nn.Module:
-    """The norm between the layers of an MLP, or nothing."""
-    return getattr(mlp, "norm", nn.Identity())
 
 
 @dataclass(frozen=True)
@@ -181,7 +174,7 @@ class Graph:
             hidden = self.op("Mul", self.activated(gate, mlp.act), value)
         else:
             hidden = self.activated(self.linear(x, mlp.fc1), mlp.act)
-        return self.linear(self.norm(hidden, mlp_norm(mlp)), mlp.fc2)
+        return self.linear(self.norm(hidden, mlp.norm), mlp.fc2)
 
     def activated(self, x: str, act: nn.Module) -> str:
         """GELU, SiLU or quick GELU, which is x sigmoid(1.702 x)."""

@@ -1,6 +1,7 @@
 """Mixing what follows an activation: the same function, with values that one scale holds well."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 
 from models import SparseViT
 from quant import QuantConfig, fitting, load_quantized, quantize, save_quantized
-from quant.hadamard import Hadamard, hadamard, unmixed, with_hadamard
+from quant.hadamard import Hadamard, can_mix, hadamard, unmixed, with_hadamard
 from quant.observers import OBSERVERS
 from quant.quantizers import ActivationQuantizer
 from tests.conftest import tiny_model, tiny_vit, whole_images
@@ -82,6 +83,20 @@ def test_a_model_of_which_nothing_can_be_mixed_is_refused_and_auto_does_without(
     assert (chosen.hadamard, chosen.rotate, chosen.observer) == (False, True, "heads")
     with pytest.raises(UserError, match="--hadamard is about activations, which --a_bit 32 leaves alone"):
         QuantConfig(4, 32, hadamard=True)
+
+
+def test_an_mlp_in_another_order_is_not_taken_for_the_usual_one():
+    vit = SparseViT(tiny_vit())
+    for block in vit.blocks:
+        mlp = block.mlp
+        parts = {"fc1": mlp.fc1, "norm": nn.LayerNorm(mlp.fc1.out_features), "act": mlp.act, "fc2": mlp.fc2}
+        block.mlp = nn.Sequential(OrderedDict(parts))
+    assert unmixed(vit) == ["the MLP is a Sequential"] and not can_mix(vit)
+    pytest.importorskip("onnx", reason="onnx is not installed (requirements-export.txt)")
+    from quant.onnx_graph import require_exportable
+
+    with pytest.raises(UserError, match="an MLP of the kind Sequential cannot be exported"):
+        require_exportable(vit)
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)

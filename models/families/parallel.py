@@ -77,7 +77,7 @@ def parallel_parts(block: nn.Module) -> dict[str, Any]:
         "scale": block.scale,
         "qkv": qkv,
         "proj": proj,
-        "mlp": nn.Sequential(OrderedDict(fc1=fc1, act=block.mlp_act, fc2=fc2)),
+        "mlp": nn.Sequential(OrderedDict(fc1=fc1, act=block.mlp_act, norm=nn.Identity(), fc2=fc2)),
         "norm1": block.in_norm,
         "ls1": block.ls,
         "q_norm": block.q_norm,
