@@ -14,6 +14,7 @@ from inversion import InversionConfig
 from models import DEFAULT_MODEL
 from quant import QuantConfig, load_quantized
 from scripts import compare, compare_kt
+from scripts.bench import bench_inversion, bench_reconstruction, bench_transfer, profile_inversion
 from scripts.studies import activation_ranges, figure_pipeline, missing_patches, priors
 from tests.conftest import run_script
 from utils.cli import Parser
@@ -185,14 +186,13 @@ def test_help_explains_every_flag(script):
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("script", ["bench_inversion", "profile_inversion"])
-def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
+@pytest.mark.parametrize("script", [bench_inversion, profile_inversion])
+def test_timing_scripts_run_on_the_bundled_model(tmp_path, script, capsys):
     """What they measure means nothing here; that they measure it does."""
-    flags = ["--batch", 2, "--repeats", 1, *(["--output", tmp_path] if script == "bench_inversion" else [])]
-    result = run_script(f"scripts/bench/{script}.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "s/iteration" in result.stdout
-    if script == "bench_inversion":
+    flags = ["--batch", "2", "--repeats", "1", *(["--output", str(tmp_path)] if script is bench_inversion else [])]
+    script.main(flags)
+    assert "s/iteration" in capsys.readouterr().out
+    if script is bench_inversion:
         report = json.loads(next(tmp_path.glob("*.json")).read_text())
         assert {"dense", "final_stage", "schedule_vs_reference_dense"} <= report["speedup"].keys()
         row = {"name", "stage_patches", "seconds_per_iteration", "peak_memory_bytes", "flops", "share_of_peak"}
@@ -201,18 +201,16 @@ def test_timing_scripts_run_on_the_bundled_model(tmp_path, script):
 
 
 def test_steps_of_reconstruction_are_timed_on_the_bundled_model(tmp_path):
-    flags = ("--images", 8, "--steps", 2, "--repeats", 2, "--output", tmp_path)
-    result = run_script("scripts/bench/bench_reconstruction.py", *flags)
-    assert result.returncode == 0, result.stderr
+    bench_reconstruction.main(["--images", "8", "--steps", "2", "--repeats", "2", "--output", str(tmp_path)])
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
     plain, ours = report["seconds_a_block"]["plain code"], report["seconds_a_block"]["here"]
     assert report["over_plain"] == pytest.approx([a / b for a, b in zip(plain, ours, strict=True)])
     assert len(ours) == 2 and min(ours) > 0
 
 
-def test_steps_of_distillation_are_timed_on_the_bundled_model(tmp_path):
-    result = run_script("scripts/bench/bench_transfer.py", "--batch", 2, "--repeats", 1, "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_steps_of_distillation_are_timed_on_the_bundled_model(tmp_path, capsys):
+    bench_transfer.main(["--batch", "2", "--repeats", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
     assert [(row["name"], row["patches"]) for row in rows[:3]] == [
         ("head, plain", 64),
@@ -222,7 +220,7 @@ def test_steps_of_distillation_are_timed_on_the_bundled_model(tmp_path):
     assert {row["patches"] for row in rows} == {64, 16}
     for row in rows:
         assert row["seconds_min"] <= row["seconds_per_step"] <= row["seconds_max"]
-        assert f"| {row['name']} | {row['patches']} |" in result.stdout
+        assert f"| {row['name']} | {row['patches']} |" in printed
 
 
 def wrong(flags: list[str], *expected: str):
@@ -310,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, quick):
 
 
 def test_compare_keeps_finished_cells(tmp_path, capsys):
-    flags = ["--iterations", "30", "--calib-batchsize", "4", "--prune_it", "5", "10", "--prune_ratio", "0.3", "0.3"]
+    flags = ["--iterations", "12", "--calib-batchsize", "4", "--prune_it", "3", "6", "--prune_ratio", "0.3", "0.3"]
     flags += ["--bits", "8/8", "4/4", "--baselines", "gaussian", "--priors", "deepinversion", "cmi", "--strategies"]
     flags += ["smi", "pri", "--seeds", "0", "1", "--val_limit", "40", "--with", "cmi", "--cr 0.1"]
     flags += ["--datapool", str(tmp_path / "pool"), "--output", str(tmp_path / "out")]

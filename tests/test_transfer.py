@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import test_kt
+import test_quant
 from kt import (
     DistillConfig,
     Distiller,
@@ -78,6 +80,16 @@ def torchrun(ranks: int, script: str, *args, timeout=120) -> subprocess.Complete
     return subprocess.run(
         [*command, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
+
+
+def said(script: ModuleType, flags: list, ranks: int, capsys) -> str:
+    """What a script prints that as many ranks run to its end, one of them here."""
+    if ranks == 1:
+        script.main(list(map(str, flags)))
+        return capsys.readouterr().out
+    result = torchrun(ranks, f"{script.__name__}.py", *flags)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_the_loss_is_the_formula():
@@ -350,7 +362,7 @@ def test_an_existing_pool_is_used_while_another_run_fills_it(tmp_path):
 
 def test_ranks_share_the_batches_of_a_pool_that_has_fewer(tmp_path):
     arguments = [*FAST, *SCRATCH, "--datapool", tmp_path / "pool", "--epochs", 1, "--images_per_epoch", 4]
-    assert run_script("test_kt.py", *arguments, "--output", tmp_path / "out").returncode == 0
+    test_kt.main(list(map(str, [*arguments, "--output", tmp_path / "out"])))
     result = torchrun(2, "test_kt.py", *arguments, "--images_per_epoch", 0, "--output", tmp_path / "again")
     assert result.returncode == 0, result.stderr
 
@@ -554,7 +566,7 @@ def test_other_flags_in_the_same_output_are_refused(tmp_path):
         kt(tmp_path, "--epochs", 2, "--lr", 0.5)
 
 
-def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
+def test_a_killed_run_ends_with_the_same_numbers(tmp_path, capsys):
     arguments = [*FAST, *SCRATCH, "--epochs", 6, "--kd_lr_schedule", "cosine"]
 
     def command(name: str) -> list[str]:
@@ -572,9 +584,9 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
     victim.wait()
     assert checkpoint.exists()
     assert not (tmp_path / "killed" / "report.json").exists()
-    killed, straight = (run_script("test_kt.py", *command(name)) for name in ("killed", "straight"))
-    assert killed.returncode == straight.returncode == 0, killed.stderr
-    assert "going on after epoch" in killed.stdout
+    test_kt.main(command("killed"))
+    assert "going on after epoch" in capsys.readouterr().out
+    test_kt.main(command("straight"))
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "straight")]
     assert reports[0]["history"] == reports[1]["history"]
     assert reports[0]["student"] == reports[1]["student"]
@@ -592,12 +604,11 @@ def test_adversarial_images_follow_the_student_also_after_a_restart(tmp_path):
     assert pool_files(tmp_path / "restarted-pool") == pool_files(tmp_path / "pool1")
 
 
-def test_two_ranks_transfer_as_one_does(tmp_path):
+def test_two_ranks_transfer_as_one_does(tmp_path, capsys):
     arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2, "--kd_dtype", "float32", "--head_steps", 2]
-    for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
-        result = run("test_kt.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("student, the last") == 1
+    for name in ("one", "two"):
+        flags = [*arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name]
+        assert said(test_kt, flags, 1 if name == "one" else 2, capsys).count("student, the last") == 1
     assert pool_files(tmp_path / "one-pool") == pool_files(tmp_path / "two-pool")
     one, two = (
         timm.create_model(f"local-dir:{folder}", checkpoint_path=f"{folder}/model.safetensors")
@@ -610,13 +621,13 @@ def test_two_ranks_transfer_as_one_does(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_two_ranks_quantize_as_one_does(tmp_path):
+def test_two_ranks_quantize_as_one_does(tmp_path, capsys):
     arguments = ["--iterations", 4, "--calib-batchsize", 4, "--num_images", 12, "--a_bit", 4, "--val_limit", 41]
     arguments += ["--check_images", 4]
     reports = []
-    for name, run in (("one", run_script), ("two", lambda *args: torchrun(2, *args))):
-        result = run("test_quant.py", *arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name)
-        assert result.returncode == 0, result.stderr
+    for name in ("one", "two"):
+        flags = [*arguments, "--datapool", tmp_path / f"{name}-pool", "--output", tmp_path / name]
+        said(test_quant, flags, 1 if name == "one" else 2, capsys)
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
     assert pool_files(tmp_path / "one-pool") == pool_files(tmp_path / "two-pool")
     for key, part in itertools.product(("fp", "quant"), ("top1", "top5", "loss", "images")):

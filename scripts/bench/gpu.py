@@ -118,14 +118,17 @@ def recorded_and_eager(bench: Bench) -> dict:
     """The same batch by CUDA graphs and by launches, over stage changes, with a falling rate, and under all views."""
     model, found = bench.model("deit_tiny_patch16_224"), {"ok": True}
     viewed = {"canvas": "spectral", "views": tuple(VIEWS), "copies": 2}
+    stage = bench.of(8, 2)
     for dtype, (kind, looks) in itertools.product(DTYPES, {"": {}, ", all views": viewed}.items()):
-        how = {"lr_schedule": "cosine", "prune_it": (8, 16), "prune_ratio": (0.3, 0.3), "dtype": dtype, **looks}
-        config = InversionConfig(iterations=24, batch_size=4, **how)
+        stops = {"prune_it": (stage, 2 * stage), "prune_ratio": (0.3, 0.3)}
+        how = {"lr_schedule": "cosine", "dtype": dtype, **stops, **looks}
+        config = InversionConfig(iterations=3 * stage, batch_size=4, **how)
         recorded = Inverter(model, config, bench.device).invert(0)
         with patch("inversion.capture.EAGER_STEPS", 10**9):
             launched = Inverter(model, config, bench.device).invert(0)
         # Until the first patches stop: which do may depend on a rounding.
-        error = (recorded.losses[:8] - launched.losses[:8]).abs().max().item() / launched.losses[:8].abs().max().item()
+        losses = launched.losses[:stage]
+        error = ((recorded.losses[:stage] - losses).abs().max() / losses.abs().max()).item()
         same, at_the_end = torch.equal(recorded.losses, launched.losses), recorded.losses[-1] / launched.losses[-1] - 1
         found[dtype + kind] = {
             "loss_error": error,
