@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 from models import LoadedModel, PatchGrid, SparseImages
 from models.registry import Preprocessing
+from quant.observers import MSEObserver
+from quant.quantizers import least_error_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +78,14 @@ def whole_images(count: int, seed: int = 0) -> SparseImages:
 @pytest.fixture
 def model() -> LoadedModel:
     return tiny_model()
+
+
+@pytest.fixture
+def coarse(monkeypatch) -> None:
+    """Ranges are searched among few: for what does not depend on how good they are."""
+    monkeypatch.setattr(MSEObserver, "candidates", 3)
+    for module in ("quant.insert", "quant.compensation"):
+        monkeypatch.setattr(f"{module}.least_error_scale", partial(least_error_scale, candidates=3))
 
 
 def run_script(*args: object, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:

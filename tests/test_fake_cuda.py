@@ -1,7 +1,5 @@
 """Every step on a CUDA device that is not there: no tensor on the wrong side, and nothing that the host waits for."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -17,8 +15,6 @@ from quant import OBSERVERS, QuantConfig, quantize
 from quant.fidelity import fidelity
 from quant.insert import quantized_layers
 from quant.integers import IntegerLinear
-from quant.observers import MSEObserver
-from quant.quantizers import least_error_scale
 from tests.conftest import tiny_model
 from tests.fake_cuda import CUDA, cuda  # noqa: F401
 from utils import AUGMENTATIONS
@@ -88,12 +84,10 @@ def test_all_options_of_priors_are_known():
     assert set(options()) == known
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_calibration_reconstruction_and_evaluation_on_the_device(observer, images, monkeypatch, request):
     """The host may wait between batches: for ranges that are fixed, now and then for an error to show, for sums."""
-    # The searches for ranges are the same at every candidate.
-    monkeypatch.setattr(MSEObserver, "candidates", 3)
-    monkeypatch.setattr("quant.insert.least_error_scale", partial(least_error_scale, candidates=3))
     model = tiny_model(embed_dim=16, depth=1)  # weights are rounded column by column
     device = request.getfixturevalue("cuda")
     vit = model.sparse(CUDA)

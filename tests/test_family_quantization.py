@@ -137,6 +137,7 @@ def test_a_mixed_model_computes_the_same(name, options):
     assert any(mixed) == can_mix(vit) and bool(unmixed(vit)) == (name in UNMIXED)
 
 
+@pytest.mark.usefixtures("coarse")
 @every
 def test_reparameterized_weights_compute_the_same(name, options):
     """What `calibrated` compares with, after scales and offsets have moved; the patches are others than it saw."""
@@ -147,6 +148,7 @@ def test_reparameterized_weights_compute_the_same(name, options):
     assert (logits(reference, images) - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
+@pytest.mark.usefixtures("coarse")
 @every
 @pytest.mark.parametrize(
     "config",
@@ -168,6 +170,7 @@ def test_a_saved_model_is_the_same_to_the_byte(tmp_path, name, options, config):
     assert first == second
 
 
+@pytest.mark.usefixtures("coarse")
 @every
 def test_first_last_and_head_are_kept(name, options):
     vit = vit_of(name, options)
@@ -179,6 +182,7 @@ def test_first_last_and_head_are_kept(name, options):
         assert (layer.w_bit, layer.quantizer.bits) == ((8, 8) if kept else (4, 4)), found
 
 
+@pytest.mark.usefixtures("coarse")
 @every
 def test_every_layer_that_reads_tokens_is_quantized(name, options):
     """By hooks: what a linear layer computes in a forward pass, where it is no part of what knows positions."""
@@ -195,6 +199,7 @@ def test_every_layer_that_reads_tokens_is_quantized(name, options):
     assert taps == {"tap_q", "tap_k", "tap_v", "tap_probs"}
 
 
+@pytest.mark.usefixtures("coarse")
 def test_what_a_softmax_puts_out_is_in_powers_and_what_heads_have_mixed_is_not():
     for name in FAMILIES:
         vit = vit_of(name, {})
@@ -219,6 +224,7 @@ def test_reconstruction_asks_for_what_any_loss_does(name, loss):
     assert found < plain
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("name", [CAIT, THINGS, PARALLEL])
 def test_sensitivity_has_a_row_for_every_place(name):
     vit = vit_of(name, {})
