@@ -14,6 +14,7 @@ from quant.config import QuantConfig
 from quant.hadamard import can_mix, unmixed, with_hadamard
 from quant.insert import observers, places, quantized_layers, quantized_vit, quantizers, wrapped
 from quant.observers import OBSERVERS, MinMaxObserver, Observer
+from quant.output_error import fit_ranges
 from quant.reconstruction import FinishedStages, reconstruct
 from quant.reparameterization import norm_sites, reparameterize
 from quant.rotation import rotated, rotations
@@ -57,7 +58,7 @@ def quantize(
     config = fitting(vit, config)
     require_memory_for(vit, config, len(images), images.positions.shape[1], vit.device)
     images = config.fed(images, vit.grid)
-    reference, quantized = calibrated(vit, images, config)
+    reference, quantized = calibrated(vit, images, config, progress)
     fitted = compensate(reference, quantized, images, config.batch_size, progress) if config.compensate else {}
     if config.reconstruct:
         reconstruct(reference, quantized, images, config, fitted, progress, finished)
@@ -100,7 +101,8 @@ def require_memory_for(vit: SparseViT, config: QuantConfig, count: int, patches:
     tokens = (vit.grid.count if config.fill or config.join else patches) + vit.prefix_tokens
     batch = min(count, config.batch_size)
     require_memory(batch, observed_bytes(vit, tokens, config), device, "a calibration batch", "--calib-batchsize")
-    walks = config.reconstruct or config.bias_correction or config.compensate
+    mends = config.reconstruct or config.bias_correction or config.compensate
+    walks = mends or OBSERVERS[config.method].output_error
     if walks:  # what both models feed a stage is held, and learned from joined
         forms = 8 if config.reconstruct else 5
         held = forms * 4 * tokens * vit.tokens_per_side**2 * vit.patch_proj.out_features
@@ -124,7 +126,9 @@ def require_batches(count: int, config: QuantConfig) -> None:
 
 
 @torch.no_grad()
-def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tuple[SparseViT, SparseViT]:
+def calibrated(
+    vit: SparseViT, images: SparseImages, config: QuantConfig, progress: bool = False
+) -> tuple[SparseViT, SparseViT]:
     """The full-precision model, rotated, mixed and reparameterized if it shall be, `wrapped`, and its quantized copy.
 
     Arguments and errors are those of `quantize`.
@@ -148,7 +152,10 @@ def calibrated(vit: SparseViT, images: SparseImages, config: QuantConfig) -> tup
     if published and not config.compensate:
         for layer in quantized_layers(quantized).values():
             layer.round_weight()
-    return wrapped(reference), quantized
+    reference = wrapped(reference)
+    if OBSERVERS[config.method].output_error:
+        fit_ranges(reference, quantized, images, config.batch_size, not config.compensate, progress)
+    return reference, quantized
 
 
 def _reparameterized(

@@ -186,6 +186,8 @@ class Method:
     """One range for each head of q, k, v and softmax outputs."""
     wide_input: bool = False
     """The patch projection's input at 8 bits or more, as images have them."""
+    output_error: bool = False
+    """Ranges of layers' inputs, and scales of weights, by the error of the layer's output: `fit_ranges`."""
     published: bool = False
     """As SMI's and PSAQ-ViT's code has it: ranges of the full-precision model, of all tokens, `published_scale`."""
 
@@ -207,4 +209,5 @@ OBSERVERS: dict[str, Method] = {
     "mse": Method(MSEObserver, FACTORS),
     "repq": Method(MSEObserver, FACTORS, reparameterize=True, log_probs=True),
     "heads": Method(MSEObserver, FACTORS, per_head=True, wide_input=True),
+    "output": Method(MSEObserver, FACTORS, per_head=True, wide_input=True, output_error=True),
 }

@@ -32,12 +32,19 @@ class ActivationQuantizer(nn.Module):
         low, high = self.observer.range()
         if not bool((low <= high).all()):
             raise RuntimeError("this quantizer saw no tensor during calibration")
+        self.fix(*self.at(low, high))
+
+    def at(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a range, () or (heads,), in which zero is always represented exactly."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.symmetric:
-            self.fix(torch.maximum(low / self.low, high / self.high).clamp(min=EPS), torch.zeros_like(low).int())
-            return
+            return torch.maximum(low / self.low, high / self.high).clamp(min=EPS), torch.zeros_like(low).int()
         scale = ((high - low) / self.high).clamp(min=EPS)
-        self.fix(scale, (-low / scale).round().clamp(0, self.high).int())
+        return scale, (-low / scale).round().clamp(0, self.high).int()
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value that are represented, () or (heads,)."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
         """Quantize from now on, with this scale and zero point, () or (heads,), int32."""

@@ -40,6 +40,7 @@ METHODS = {
     "minmax": {"observer": "minmax"},
     "mse": {"observer": "mse"},
     "heads": {"observer": "heads"},
+    "output": {"observer": "output"},
     "repq": {"observer": "repq"},
     "symmetric repq": {"observer": "repq", "symmetric": True},
     "auto": {"observer": "auto", "compensate": True, "rotate": True},
