@@ -71,8 +71,8 @@ class QuantConfig:
     observer: str = setting(
         "minmax",
         "how ranges are chosen; minmax quantizes residual sums, scores and embeddings too, the others the factors of "
-        "matrix products alone; auto: heads, --rotate, --hadamard, --compensate, --fill and --augment below 8 bits, "
-        "else mse; default minmax, of --preset quantize auto",
+        "matrix products alone; output: by the error of what layers put out; auto: heads, --rotate, --hadamard, "
+        "--compensate, --fill and --augment below 8 bits, else mse; default minmax, of --preset quantize auto",
         choices=(*OBSERVERS, "auto"),
     )
     symmetric: bool = setting(False, "zero points of 0, activations in int8: what TensorRT and NPUs ask for")

@@ -1,11 +1,13 @@
 """Ranges by what they do to a layer's output: that of its input and the scales of its weight, searched in turn.
 
 The range that changes a tensor least is not the one that changes least what the next product makes of it: rounding
-errors of channels that large weights read cost more. So the error that is made small is that of the output, as in
-FIMA-Q (CVPR 2025), with the original weight on the unrounded input for what is wanted; input and weight in turn.
+errors of channels that large weights read cost more. So the error that is made small is that of the output, where the
+original weight on the unrounded input gives what is wanted; weight and input in turn, as FIMA-Q (CVPR 2025) has it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ from quant.insert import QuantizedLinear, quantized_layers
 from quant.quantizers import ActivationQuantizer, largest_value_scale, round_weight, uniform
 from quant.stages import Stage, walk
 
-ROWS = 1024
+ROWS = 512
 """Tokens of all images that a layer's output is compared on."""
-SHARES = tuple(0.02 ** (number / 23) for number in range(24))
-"""Of the widest range, and of the largest scale, that are candidates: each 0.84 of the one before."""
+SHARES = tuple(0.03 ** (number / 19) for number in range(20))
+"""Of the widest range, and of the largest scale, that are candidates: each 0.83 of the one before."""
 ROUNDS = 2
 
 
@@ -77,24 +79,30 @@ def _inputs(stage: Stage, quantized: SparseViT) -> dict[str, Tensor]:
 
 def _fit(layer: QuantizedLinear, original: Tensor, rows: Tensor, weights: bool) -> None:
     """Range and scales of one layer; `original` (out, in) on `rows` (n, in) is what its output should be."""
-    wanted, inputs = rows @ original.T, isinstance(layer.quantizer, ActivationQuantizer)
+    inputs = isinstance(layer.quantizer, ActivationQuantizer)
     for _ in range(ROUNDS if inputs and weights else 1):
         if inputs:
-            _fit_input(layer.quantizer, layer.linear.weight, wanted, rows)
+            _fit_input(layer.quantizer, layer.linear.weight, original, rows)
         if weights:
-            scale = _least_scale(original, layer.w_bit, layer.weight_scale, wanted, layer.quantizer(rows))
+            scale = _least_scale(original, layer.w_bit, layer.weight_scale, rows, layer.quantizer(rows))
             layer.weight_scale.copy_(scale)
             layer.linear.weight = nn.Parameter(round_weight(original, scale, layer.w_bit), requires_grad=False)
 
 
-def _fit_input(quantizer: ActivationQuantizer, weight: Tensor, wanted: Tensor, rows: Tensor) -> None:
-    """The range with the least error: the upper and the lower end in turn, of a symmetric one both at once."""
+def _fit_input(quantizer: ActivationQuantizer, weight: Tensor, original: Tensor, rows: Tensor) -> None:
+    """The range with the least error: the upper and the lower end in turn, of a symmetric one both at once.
+
+    With e for what rounding does to the input x, and V for what has been done to the original weight, which is W by
+    now, the output is off by W e + V x: squared |W e|^2 + 2 e^T W^T V x, and what no range changes.
+    """
+    cross = (rows @ (weight - original).T) @ weight
+    square = _square(weight, rows)
 
     def least(lows: list[Tensor], highs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        errors = [
-            (uniform(rows, *quantizer.at(*ends), quantizer.low, quantizer.high) @ weight.T - wanted).square().sum()
-            for ends in zip(lows, highs, strict=True)
-        ]
+        errors = []
+        for ends in zip(lows, highs, strict=True):
+            off = uniform(rows, *quantizer.at(*ends), quantizer.low, quantizer.high).sub_(rows)
+            errors.append(square(off).sum() + 2 * (off * cross).sum())
         best = torch.stack(errors).argmin()
         return torch.stack(lows)[best], torch.stack(highs)[best]
 
@@ -109,8 +117,26 @@ def _fit_input(quantizer: ActivationQuantizer, weight: Tensor, wanted: Tensor, r
     quantizer.fix(*quantizer.at(low, high))
 
 
-def _least_scale(weight: Tensor, bits: int, scale: Tensor, wanted: Tensor, inputs: Tensor) -> Tensor:
-    """Of each output channel the scale (out,) with the least error; inputs (n, in) are rounded already."""
+def _least_scale(weight: Tensor, bits: int, scale: Tensor, rows: Tensor, rounded: Tensor) -> Tensor:
+    """Of each output channel the scale (out,) with the least error; `rounded` (n, in) are the rows as quantized.
+
+    As above, with the two errors in each other's place.
+    """
+    cross = ((rounded - rows) @ weight.T).T @ rounded
+    square, errors = _square(rounded, weight), []
     scales = torch.stack([scale, *(largest_value_scale(weight, bits) * share for share in SHARES)])
-    errors = [(inputs @ round_weight(weight, each, bits).T - wanted).square().sum(dim=0) for each in scales]
+    for each in scales:
+        off = round_weight(weight, each, bits).sub_(weight)
+        errors.append(square(off).sum(dim=1) + 2 * (off * cross).sum(dim=1))
     return scales.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
+
+
+def _square(factor: Tensor, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of tensors (n, in) such as `like`: terms that sum up, in every row x, to |factor x|^2.
+
+    `factor` (m, in) is multiplied with itself first where that makes fewer products.
+    """
+    if factor.shape[0] <= factor.shape[1]:
+        return lambda x: (x @ factor.T).square()
+    gram = factor.T @ factor
+    return lambda x: (x @ gram).mul_(x)

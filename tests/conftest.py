@@ -84,6 +84,7 @@ def model() -> LoadedModel:
 def coarse(monkeypatch) -> None:
     """Ranges are searched among few: for what does not depend on how good they are."""
     monkeypatch.setattr(MSEObserver, "candidates", 3)
+    monkeypatch.setattr("quant.output_error.SHARES", (1.0, 0.3))
     for module in ("quant.insert", "quant.compensation"):
         monkeypatch.setattr(f"{module}.least_error_scale", partial(least_error_scale, candidates=3))
 

@@ -11,7 +11,7 @@ from quant.calibration import calibrated
 from quant.insert import QuantizedLinear, quantized_layers
 from quant.observers import MSEObserver
 from quant.output_error import fit_ranges
-from quant.quantizers import ActivationQuantizer, least_error_scale
+from quant.quantizers import ActivationQuantizer, largest_value_scale, least_error_scale, round_weight
 from tests.conftest import tiny_vit, whole_images
 
 
@@ -57,6 +57,31 @@ def test_a_weights_scale_is_that_of_the_channels_which_have_values():
     assert error(layer, weight, rows) < 0.2 * before
     levels = layer.linear.weight / layer.weight_scale[:, None]
     torch.testing.assert_close(levels, levels.round().clamp(-8, 7))
+
+
+@pytest.mark.parametrize("outputs", [6, 20])
+def test_a_range_is_the_best_of_all_in_its_turn(outputs):
+    """By plain code, whichever way products are summed up; the weight is not the original one any more."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(50, 8, generator=generator).exp(), torch.randn(outputs, 8, generator=generator)
+    layer, plain = layer_of(weight, rows, 3), layer_of(weight, rows, 3)
+    quant.output_error._fit_input(layer.quantizer, layer.linear.weight, weight, rows)
+
+    def error_at(low: torch.Tensor, high: torch.Tensor) -> float:
+        plain.quantizer.fix(*plain.quantizer.at(low, high))
+        return error(plain, weight, rows)
+
+    low, high = plain.quantizer.ends()
+    high = min((high, *(rows.max() * share for share in quant.output_error.SHARES)), key=lambda end: error_at(low, end))
+    torch.testing.assert_close(layer.quantizer.ends(), (low, high))
+    scale = quant.output_error._least_scale(weight, 3, layer.weight_scale, rows, layer.quantizer(rows))
+
+    def errors_at(scale: torch.Tensor) -> torch.Tensor:
+        return (layer.quantizer(rows) @ round_weight(weight, scale, 3).T - rows @ weight.T).square().sum(dim=0)
+
+    largest = largest_value_scale(weight, 3)
+    least = torch.stack([errors_at(largest * share) for share in quant.output_error.SHARES]).amin(dim=0)
+    torch.testing.assert_close(errors_at(scale), torch.minimum(least, errors_at(layer.weight_scale)))
 
 
 @pytest.mark.parametrize(("w_bit", "a_bit"), [(3, 3), (3, 32), (32, 3)])
