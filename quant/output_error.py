@@ -47,12 +47,13 @@ def fit_ranges(
         weights: scale and round the weights too; else they are taken as they are.
         progress: show a progress bar on stderr.
     """
-    originals, layers = quantized_layers(reference), quantized_layers(quantized)
+    layers = quantized_layers(quantized)
+    originals = quantized_layers(reference) if weights else layers
     with tqdm(total=len(layers), desc="ranges", unit="layer", disable=not progress) as bar:
         for stage in walk(reference, quantized, images, batch_size):
             for name, rows in _inputs(stage, quantized).items():
-                layer, original = layers[name], originals[name].linear.weight if weights else layers[name].linear.weight
-                _fit(layer, original, rows, weights and layer.weight_scale is not None)
+                layer = layers[name]
+                _fit(layer, originals[name].linear.weight, rows, weights and layer.weight_scale is not None)
                 bar.update()
 
 
@@ -96,7 +97,7 @@ def _fit_input(quantizer: ActivationQuantizer, weight: Tensor, original: Tensor,
     now, the output is off by W e + V x: squared |W e|^2 + 2 e^T W^T V x, and what no range changes.
     """
     cross = (rows @ (weight - original).T) @ weight
-    square = _square(weight, rows)
+    square = _square(weight)
 
     def least(lows: list[Tensor], highs: list[Tensor]) -> tuple[Tensor, Tensor]:
         errors = []
@@ -123,16 +124,16 @@ def _least_scale(weight: Tensor, bits: int, scale: Tensor, rows: Tensor, rounded
     As above, with the two errors in each other's place.
     """
     cross = ((rounded - rows) @ weight.T).T @ rounded
-    square, errors = _square(rounded, weight), []
-    scales = torch.stack([scale, *(largest_value_scale(weight, bits) * share for share in SHARES)])
+    square, errors, largest = _square(rounded), [], largest_value_scale(weight, bits)
+    scales = torch.stack([scale, *(largest * share for share in SHARES)])
     for each in scales:
         off = round_weight(weight, each, bits).sub_(weight)
         errors.append(square(off).sum(dim=1) + 2 * (off * cross).sum(dim=1))
     return scales.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
 
 
-def _square(factor: Tensor, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of tensors (n, in) such as `like`: terms that sum up, in every row x, to |factor x|^2.
+def _square(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of tensors (n, in): terms that sum up, in every row x, to |factor x|^2.
 
     `factor` (m, in) is multiplied with itself first where that makes fewer products.
     """

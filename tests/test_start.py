@@ -215,10 +215,14 @@ def test_windows_is_told_in_one_line(monkeypatch, capsys):
     assert failing(lambda: None, capsys).startswith("error: this runs on Linux and macOS")
 
 
-@pytest.mark.parametrize("given", [None, "5"])
-def test_threads_that_wait_soon_sleep_unless_somebody_says_otherwise(given):
-    code = "import sys, os, utils.errors; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
-    env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    env |= {} if given is None else {"GOMP_SPINCOUNT": given}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [given or "1000", "False"]
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
+)
+def test_threads_that_wait_soon_sleep_unless_somebody_says_otherwise(given, count):
+    code = "import sys, os, utils.errors; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    env = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [count, "False"]

@@ -12,7 +12,8 @@ import sys
 
 # Threads of GNU OpenMP (Linux) spin while they wait for one another. Where another program holds a core, they keep the
 # one that they wait for from running, and all takes many times as long: so they soon sleep. Read as torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Nothing else is imported up here: this comes before Ctrl-C is in hand.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
