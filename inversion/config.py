@@ -72,7 +72,7 @@ class InversionConfig:
     init: str | None = setting(
         None,
         "what to start from: white noise, pink noise with the spectrum of photographs, leaves (shapes in front of "
-        f"shapes); default {_of_canvases('init')}",
+        f"shapes), scenes (a thing, leaves and a ground of two parts); default {_of_canvases('init')}",
         choices=INITS,
     )
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))

@@ -22,7 +22,7 @@ NATURAL: dict[str, object] = {
 """Images of much that photographs have: edges, shades, colours that go together."""
 PRESETS: dict[str, dict[str, object]] = {
     # Ours, by measurement (docs/quantize.md, transfer.md, results.md): what calibrates, teaches, and others can read.
-    "quantize": NATURAL,
+    "quantize": {**NATURAL, "init": "scenes"},
     "transfer": NATURAL,
     "readable": {
         "prior": [],

@@ -436,7 +436,7 @@ def test_flags_win_over_a_preset_and_those_of_one_method_over_common_ones():
     found = compared(compare, *flags, "--prune_ratio", "0.5", "0.4")
     assert [(config.iterations, config.warmup) for config in found.values()] == [(400, 9), (400, 0)]
     assert [config.lr for config in found.values()] == [0.3, 0.1]
-    assert (found["smi"].init, found["smi"].prune_it, found["smi"].prune_ratio) == ("leaves", (5, 9), (0.5, 0.4))
+    assert (found["smi"].init, found["smi"].prune_it, found["smi"].prune_ratio) == ("scenes", (5, 9), (0.5, 0.4))
     assert found["psaq-dense"].init == "white"
 
 
