@@ -48,7 +48,8 @@ class Shapes(NamedTuple):
 
     `count` (B,): how many there are, the first ones. Lengths in pixels. `centre` (B, N, 2), down and right; `flatness`,
     of the side across as a share of the one along, which `angle` turns; `colour` (B, N, C, 1, 1); `shade`, what it
-    changes by from its middle to its end; `grained`, how much of the image's grain it has; `edge`, from clear to covered.
+    changes by from its middle to its end; `grained`, how much of the image's grain it has; `edge`, over which it goes
+    from covered to clear.
     """
 
     count: Tensor
