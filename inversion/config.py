@@ -31,6 +31,7 @@ TIMES = {"type": int, "nargs": "+", "metavar": "T"}
 DIVISION = Number(int, 2, 2**31 - 1, "32 bits")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STOPPED = ("black", "kept")
+OF_STUDENT = {"student", "backbone"}
 
 
 def _of_canvases(name: str) -> str:
@@ -113,7 +114,7 @@ class InversionConfig:
     copies: int = setting(1, "looks at each image that a step takes the mean over", type=positive, metavar="N")
     snapshots: tuple[int, ...] = setting((), "iterations at which a batch is kept, for pictures; default none", **TIMES)
     student: str | None = None
-    """What the student of the adversarial term is and how it learns; ignored without that term."""
+    """What the student is that terms look at and, where it matters, how it learns; ignored without such a term."""
     batch_size: int = 32
     """Images; a strategy that makes several of one trajectory optimizes fewer."""
     seed: int = 0
@@ -172,10 +173,12 @@ class InversionConfig:
             _require(name, options(), "the option")
             if isinstance(options()[name].type, Number):
                 options()[name].type.check(value, f"--{name}")
-        if not self.needs("student"):
+        looking = [name for name, value in self.weights.items() if value and terms()[name].needs & OF_STUDENT]
+        if not looking:
             object.__setattr__(self, "student", None)
         elif self.student is None:
-            raise UserError("--adv and the prior 'adversarial' need a student to disagree with; test_kt.py has one")
+            names = " and ".join(f"--{name}" for name in looking)
+            raise UserError(f"{names} and the prior that it belongs to look at a student; test_kt.py has one")
         if not any(self.weights.values()):
             raise UserError("every loss weight is 0; give at least --oh")
         object.__setattr__(self, "options", self._active_options())
@@ -206,7 +209,7 @@ class InversionConfig:
         return [(weight, terms()[name]) for name, weight in self.weights.items() if weight]
 
     def needs(self, what: str) -> bool:
-        """Whether a term needs `student` or `earlier` images."""
+        """Whether a term needs `student`, `backbone` or `earlier`."""
         return any(what in term.needs for _, term in self.active_terms())
 
     def lr_at(self, iteration: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,15 @@ def load_student(teacher: LoadedModel, config: StudentConfig) -> LoadedModel | W
     for parameter in student.vit.parameters():
         parameter.requires_grad_(config.finetune == "full" or id(parameter) in heads)
     return student
+
+
+@torch.no_grad()
+def backbone_of(student: LoadedModel) -> LoadedModel:
+    """A copy, which learns nothing, with a head of zeros: two students of one backbone have the same."""
+    copied = replace(student, vit=copy.deepcopy(student.vit))
+    for parameter in classifier_parameters(copied.vit):
+        parameter.zero_()
+    return copied
 
 
 @torch.no_grad()

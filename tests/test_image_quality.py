@@ -349,9 +349,17 @@ def test_what_teaches_makes_its_rows_once(tmp_path, capsys, monkeypatch):
         assert teach(tmp_path, *rows, "--only", "pri") == lines
 
 
+def test_a_row_may_look_with_the_backbone_and_join_what_a_trajectory_is(tmp_path):
+    rows = ["--row", "looked at", "--iterations 4 --prior natural", "--row", "joined", "--strategy pri --join"]
+    lines = teach(tmp_path, *rows)
+    assert [(line["images"], line["count"]) for line in lines[2:]] == [("looked at", 8), ("joined", 2)]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--row", "some", "--adv 1"], "--row some: --adv is about a student that learns"),
+        (["--row", "some", "--strategy dense --join"], "--row some: --join puts the images of pri"),
         (["--row", "real", "--iterations 4"], "always there"),
         (["--row", "some", "--iterations none"], "--iterations"),
         (["--row", "some", "--init 'pink"], "No closing quotation"),

@@ -13,18 +13,22 @@ from inversion import PRIORS, ImagePool, InversionConfig, Inverter, synthesize
 from inversion.canvas import Jitter, PatchCanvas
 from inversion.entropy import similarity_entropy
 from inversion.head_similarity import unlike
+from inversion.inits import INITS, scenes
 from inversion.priors import CrossEntropy, Loss, LossInputs, Prior, Term
 from inversion.priors.adversarial import disagreement
 from inversion.priors.cmi import contrast, unit
 from inversion.priors.deepinversion import load_cnn
 from inversion.priors.mimiq import ScaledTotalVariation
+from inversion.priors.natural import moments
 from inversion.priors.psaq import TargetedVariation
 from inversion.priors.sardfq import spots
 from inversion.priors.synq import HighFrequencies, SoftWhereUnsure
 from inversion.targets import distributions
 from inversion.views import Draw, Seen, Views
-from models import DEFAULT_MODEL, PatchGrid, ViTOutput, load_model
+from kt import StudentConfig, load_student
+from models import DEFAULT_MODEL, LoadedModel, PatchGrid, ViTOutput, load_model
 from tests.conftest import lively, tiny_model
+from tests.families import ALL_FAMILIES, family_model
 from tests.test_canvas import jittered_positions, plain_tv, random_canvas
 from utils.cli import Parser
 from utils.errors import UserError
@@ -54,7 +58,7 @@ def parse(*flags: str) -> InversionConfig:
     parser = Parser("")
     add_inversion_arguments(parser)
     parser.set_defaults(seed=0, device="cpu", dtype="float32")
-    return inversion_config(parser.parse_args(list(flags)), 4, "a student" if "--adv" in flags else None)
+    return inversion_config(parser.parse_args(list(flags)), 4, "a student" if "natural" in flags else None)
 
 
 # Adversarial
@@ -558,20 +562,91 @@ def test_without_network_the_cnn_asks_for_a_file(monkeypatch):
         load_cnn("resnet50")
 
 
+# A second pair of eyes
+
+
+def test_moments_are_of_the_places_that_there_are():
+    x, present = normal(2, 3, 4), torch.tensor([[True, False, True], [True, True, False]])
+    for given, rows in ((None, x.flatten(0, 1)), (present, x[present])):
+        mean, variance = moments(x, given)
+        torch.testing.assert_close(mean, rows.mean(0))
+        torch.testing.assert_close(variance, rows.var(0, correction=0) + 1e-6)
+
+
+def looks_natural(model: LoadedModel, student: LoadedModel, images: torch.Tensor) -> float:
+    config = InversionConfig(weights={"natural": 1.0}, batch_size=2, student="a student")
+    ((_, term),) = Inverter(model, config, CPU, student).losses
+    seen = Seen(model.grid.patchify(images), model.grid.all_positions(len(images), CPU))
+    return term(LossInputs(None, None, None, seen, model.grid)).item()
+
+
+def test_what_looks_natural_is_like_scenes_in_all_blocks_of_the_student():
+    """Queries, keys and what attention puts out, of patches alone, by hooks on timm's modules."""
+    model, student, found = tiny_model(), tiny_model(depth=3), {}
+    lively(student.vit)
+    grid, images = model.grid, normal(2, 3, 32, 32).float()
+    drawn = scenes((64, 3, *grid.image_size), torch.Generator().manual_seed(0))
+    for name, fed in (("drawn", drawn), ("fed", images)):
+        seen = found[name] = []
+        hooks = []
+        for block in student.vit.blocks:
+            hooks += [
+                block.attn.qkv.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.chunk(3, 2)[:2])),
+                block.attn.proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args)),
+            ]
+        student.vit(fed)
+        for hook in hooks:
+            hook.remove()
+    expected = []
+    for some, others in zip(found["fed"], found["drawn"], strict=True):
+        for x, usual in zip(some, others, strict=True):
+            (a, u), (b, v) = ((y[:, 1:].mean((0, 1)), y[:, 1:].var((0, 1), correction=0) + 1e-6) for y in (x, usual))
+            expected.append(((a - b).square() / v).mean() + (u / v).log().square().mean())
+    assert looks_natural(model, student, images) == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
+    assert looks_natural(model, student, drawn) < 1e-6
+
+
+def test_noise_does_not_look_natural_to_a_backbone_and_images_made_with_it_do_more():
+    model = load_model(DEFAULT_MODEL)
+    student = load_student(model, StudentConfig())
+    shape = (64, 3, *model.grid.image_size)
+    noise, others = (INITS[name](shape, torch.Generator().manual_seed(1)) for name in ("white", "scenes"))
+    assert looks_natural(model, student, noise) > 5 * looks_natural(model, student, others)
+    made = []
+    for weight in ("0", "3"):
+        config = parse(
+            "--prior", "deepinversion", "natural", "--natural", weight, "--iterations", "40", "--init", "pink"
+        )
+        images = Inverter(model, config, CPU, student).invert(0).images
+        made.append(looks_natural(model, student, model.grid.unpatchify(images.patches, images.positions)))
+    assert made[1] < 0.7 * made[0]
+
+
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_a_backbone_of_any_family_can_look(name):
+    model = family_model(name)
+    drawn = scenes((64, 3, *model.grid.image_size), torch.Generator().manual_seed(0))
+    assert looks_natural(model, model, drawn) < 1e-6 < looks_natural(model, model, torch.randn(drawn.shape))
+
+
 # All of them
 
 
 @pytest.mark.parametrize("kept", [16, 7])
-@pytest.mark.parametrize("name", ["oh", "tv1", "tv2", "l2", "l2_mean", "pse", "tvt", "ihs", "tvd", "ap", "parts", "hf"])
+@pytest.mark.parametrize(
+    "name", ["oh", "tv1", "tv2", "l2", "l2_mean", "pse", "tvt", "ihs", "tvd", "ap", "parts", "hf", "natural"]
+)
 def test_gradients_to_the_pixels_by_finite_differences(name, kept, monkeypatch):
     """Of every term that lets all of its gradient through, by way of views and the model, in float64."""
     at_fixed_points(monkeypatch)
     views = ("roll", "flip", "colour")
     options = {"psaq_bandwidth": 0.5}  # as wide as these points are apart
-    config = InversionConfig(weights={name: 1.0}, options=options, batch_size=3, dtype="float64", views=views)
-    model, generator = tiny_model(depth=2), torch.Generator().manual_seed(0)
-    lively(model.vit)
-    inverter = Inverter(model, config, CPU)
+    fixed = {"batch_size": 3, "dtype": "float64", "views": views, "student": "a lively one"}
+    config = InversionConfig(weights={name: 1.0}, options=options, **fixed)
+    (model, student), generator = (tiny_model(depth=depth) for depth in (2, 3)), torch.Generator().manual_seed(0)
+    for each in (model, student):
+        lively(each.vit)
+    inverter = Inverter(model, config, CPU, student)
     inverter.begin(0, generator, 3)
     draw, targets = inverter.spans[0].views.draws(1, 3, generator)[0], torch.eye(5)[[0, 2, 4]]
     canvas = random_canvas(GRID, kept)
@@ -598,7 +673,7 @@ def test_gradients_to_the_pixels_by_finite_differences(name, kept, monkeypatch):
 )
 def test_every_prior_runs_with_every_strategy(model, prior, strategy):
     config = parse("--prior", *prior, *strategy, "--iterations", "12")
-    batch = Inverter(model, config, CPU).invert(0)
+    batch = Inverter(model, config, CPU, model).invert(0)
     assert torch.isfinite(batch.losses).all()
     assert len(batch.images) == 4
 

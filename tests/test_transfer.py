@@ -604,6 +604,23 @@ def test_adversarial_images_follow_the_student_also_after_a_restart(tmp_path):
     assert pool_files(tmp_path / "restarted-pool") == pool_files(tmp_path / "pool1")
 
 
+def test_images_that_look_natural_are_the_same_whatever_is_learnt(tmp_path):
+    """The backbone that looks at them is the one that the student starts from; a run that is started again has it."""
+
+    def run(epochs: int, learns: str, output: str) -> dict:
+        folders = ["--datapool", f"{tmp_path}/pool-{output}", "--output", f"{tmp_path}/{output}"]
+        flags = [*FAST, "--prior", "natural", "--epochs", epochs, "--finetune", learns, "--lr", 0.01, *folders]
+        return test_kt.main([str(flag) for flag in flags])
+
+    once, short, again, full = (
+        run(*args) for args in ((2, "linear", "once"), (1, "full", "twice"), (2, "full", "twice"), (2, "full", "full"))
+    )
+    assert short["history"] == again["history"][:1]
+    assert again["history"] == full["history"] != once["history"]
+    pools = [pool_files(tmp_path / f"pool-{name}") for name in ("once", "twice", "full")]
+    assert pools[0] == pools[1] == pools[2]
+
+
 def test_two_ranks_transfer_as_one_does(tmp_path, capsys):
     arguments = [*FAST, *SCRATCH, "--epochs", 2, "--kd_steps", 2, "--kd_dtype", "float32", "--head_steps", 2]
     for name in ("one", "two"):

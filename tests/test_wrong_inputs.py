@@ -43,6 +43,7 @@ QUANT += ["--val_limit", "10", "--check_images", "0"]
 NOISE = ["--mode", "1", "--val_limit", "10", "--calib-batchsize", "2", "--check_images", "0"]
 KT = ["--mode", "1", "--epochs", "2", "--images_per_epoch", "4", "--kr-batchsize", "2", "--val_limit", "10"]
 COMPARE = ["--baselines", "gaussian", "--strategies", "--bits", "8/8", "--val_limit", "8", "--calib-batchsize", "4"]
+SCRATCH = ["--student_init", "scratch", "--finetune", "full"]
 MAINS = {
     "quant": test_quant.main,
     "kt": test_kt.main,
@@ -181,6 +182,9 @@ FLAGS = [
     ("quant", ["--bn", "1", "--bn_source", "resnet18=/nowhere"], "/nowhere"),
     ("quant", ["--bn", "1", "--bn_source", "resnet18=~nosuchuser/w"], "no such user"),
     ("quant", ["--adv", "1"], "--adv"),
+    ("quant", ["--prior", "natural"], "--natural and the prior that it belongs to look at a student"),
+    ("kt", ["--mode", "0", "--natural", "1", *SCRATCH], "--natural looks with a backbone that has seen images"),
+    ("kt", ["--mode", "0", "--natural", "1", "--student", "resnet10t", *SCRATCH], "--natural show a student the"),
     ("quant", ["--oh", "0", "--tv2", "0"], "every loss weight"),
     ("quant", ["--w_bit", "32", "--a_bit", "32", "--sensitivity"], "--sensitivity"),
     ("quant", ["--mode", "1", "--images", "x"], "--images"),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from inversion import SynthesisReport
 from kt import DistillConfig, StudentConfig, distill, load_student, save_student
 from kt.distillation import few_images
+from kt.student import backbone_of
 from kt.whole import WholeStudent
 from models import LoadedModel, SparseImages, SparseViT, load_model
 from models.registry import short_name
@@ -182,12 +183,24 @@ def _images(
     if not isinstance(task.images, Inverted):
         fixed = images_at_hand(teacher, task.images, task.fixed_images, task.run.seed)
         return lambda epoch: fixed, None
-    if isinstance(student, WholeStudent) and task.images.config.needs("student"):
-        raise UserError(
-            f"--adv looks for what a student gets wrong by the teacher's patches, which {student.name} has not"
-        )
-    source = replace(task.images, config=replace(task.images.config, student=_adversary(task)))
-    where = {"log": output / "synthesis.jsonl", "student": student, "tensorboard": task.events, "eager": task.run.eager}
+    config, looked_at = task.images.config, student
+    if isinstance(student, WholeStudent):
+        if config.student is not None:
+            raise UserError(f"--adv and --natural show a student the teacher's patches, which {student.name} has not")
+    elif config.needs("student"):
+        config = replace(config, student=_adversary(task))
+    elif config.needs("backbone"):
+        if task.student.init == "scratch":
+            raise UserError("--natural looks with a backbone that has seen images; leave out --student_init scratch")
+        looked_at = backbone_of(student)
+        config = replace(config, student=looked_at.fingerprint())
+    source = replace(task.images, config=config)
+    where = {
+        "log": output / "synthesis.jsonl",
+        "student": looked_at,
+        "tensorboard": task.events,
+        "eager": task.run.eager,
+    }
     synthesis = Synthesis(teacher, source, device, **where)
     most = math.inf if task.max_images is None else task.max_images
     if task.minutes is not None:

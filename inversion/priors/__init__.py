@@ -1,6 +1,6 @@
 """Priors: what an inverted image is asked to be besides sure of its label. One file each; `PRIORS` names them."""
 
-from inversion.priors import adversarial, cmi, deepinversion, mimiq, psaq, sardfq, synq
+from inversion.priors import adversarial, cmi, deepinversion, mimiq, natural, psaq, sardfq, synq
 from inversion.priors.base import Context, Loss, LossInputs, Option, Prior, Term
 from inversion.priors.deepinversion import CrossEntropy
 
@@ -12,6 +12,7 @@ PRIORS: dict[str, Prior] = {
     "synq": synq.PRIOR,
     "cmi": cmi.PRIOR,
     "adversarial": adversarial.PRIOR,
+    "natural": natural.PRIOR,
 }
 
 LABELS = Term(CrossEntropy, 1.0, "weight of the cross-entropy with the target labels")

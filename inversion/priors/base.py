@@ -129,7 +129,7 @@ class Term:
     weight: float
     help: str
     needs: frozenset[str] = frozenset()
-    """Of `student`, `earlier`."""
+    """Of `student`, as it is now, `backbone`, which may have learnt nothing yet, and `earlier` images."""
 
 
 @dataclass(frozen=True)

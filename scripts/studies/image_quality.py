@@ -41,6 +41,7 @@ from utils.report import markdown, table
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from inversion.priors.natural import DrawnTokens
     from models import LoadedModel, SparseImages, SparseViT
     from scripts.studies.train_judges import Judge
 
@@ -167,11 +168,23 @@ class Bench:
         return self.model.sparse()
 
     @cached_property
-    def student(self) -> SparseViT:
-        """The backbone that a head is taught on."""
+    def untaught(self) -> LoadedModel:
+        """The student that a head is taught on."""
         from kt import StudentConfig, load_student
 
-        return load_student(self.model, StudentConfig(path=self.head or None)).sparse()
+        return load_student(self.model, StudentConfig(path=self.head or None))
+
+    @cached_property
+    def student(self) -> SparseViT:
+        """Its backbone."""
+        return self.untaught.sparse()
+
+    @cached_property
+    def drawn(self) -> DrawnTokens:
+        """What the backbone's tokens are on drawn scenes."""
+        from inversion.priors.natural import DrawnTokens
+
+        return DrawnTokens(self.student, torch.device("cpu"), torch.float32)
 
     @cached_property
     def test_features(self) -> tuple[Tensor, Tensor]:
@@ -439,6 +452,16 @@ def roughness(bench: Bench, images: Images) -> float:
     return 100 * statistics.fmean(pixels.diff(dim=dim).abs().mean().item() for dim in (2, 3))
 
 
+def natural(bench: Bench, images: Images) -> float:
+    """100 times the distance of tokens in the student's backbone from those of drawn scenes, mean over slices."""
+    from inversion.views import Seen
+
+    parts = images.filled.batches(SLICE)
+    with torch.inference_mode():
+        found = [len(part) * bench.drawn.distance(Seen(part.patches, part.positions)).item() for part in parts]
+    return 100 * sum(found) / len(images.filled)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of images: the function, a line of help, whether real images are needed, and which value is best.
@@ -476,6 +499,9 @@ FIGURES: dict[str, Figure] = {
         taught=True,
     ),
     "inception": Figure(inception, "Inception score of changed images by the teacher", False, "high", taught=True),
+    "natural": Figure(
+        natural, "distance of the student's tokens from drawn scenes', 100 variances", False, "low", student=True
+    ),
     "roughness": Figure(roughness, "mean difference of neighbouring pixels, % of the range", False, "low"),
 }
 

@@ -19,8 +19,10 @@ from utils.errors import exit_on_interrupt, run_main
 exit_on_interrupt(__name__)
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from inversion import PRESETS
 from kt.config import PRESETS as LESSONS
@@ -62,7 +64,10 @@ ROWS: dict[str, str] = {
     "spectral": "--canvas spectral --init leaves --tv2 0",
     "smi": "--strategy smi --prune_it 1 2 3 4 --prune_ratio 0.3 0.3 0.3 0.3",
     "pri": "--strategy pri",
+    "pri, joined": "--strategy pri --join",
     "mimiq": "--prior deepinversion mimiq",
+    "natural": "--prior deepinversion natural --init scenes",
+    "scenes": "--init scenes",
     "soft labels": "--soft_label 0.4",
     "low-pass, 30 iterations": "--iterations 30 --projection clamp lowpass:cutoff=0.3,every=1",
 }
@@ -93,21 +98,36 @@ def parser() -> Parser:
     return parser
 
 
+class Row(NamedTuple):
+    """How a row inverts, for each seed, and whether what a PRI trajectory's images are together is one image."""
+
+    configs: dict[int, InversionConfig]
+    join: bool
+
+
 def inversions(
     rows: Mapping[str, str], preset: str, batch: int, seeds: Sequence[int], device: str, dtype: str
-) -> dict[str, dict[int, InversionConfig]]:
-    """How each row inverts, for each seed. Raises `UserError` where a row's flags make no sense."""
+) -> dict[str, Row]:
+    """Rows by their names. Raises `UserError` where a row's flags make no sense."""
     found = {}
     for name, flags in rows.items():
         if name in REFERENCES:
             raise UserError(f"--row {name}: that is the name of a row that is always there")
         of_row = Parser(f"--row {name}")
         add_inversion_arguments(of_row)
+        of_row.add_argument("--join", action="store_true")
         of_row.set_defaults(preset=preset, device=device, dtype=dtype)
-        args, found[name] = of_row.parse_args(further_flags(f"--row {name}", flags)), {}
+        args, configs = of_row.parse_args(further_flags(f"--row {name}", flags)), {}
         for seed in seeds:
             args.seed = seed
-            found[name][seed] = inversion_config(args, batch)
+            configs[seed] = inversion_config(args, batch, student="the backbone of --head")
+            if configs[seed].needs("student"):
+                raise UserError(f"--row {name}: --adv is about a student that learns; test_kt.py has one")
+            if args.join and configs[seed].strategy != "pri":
+                from utils.images import NEEDS_PRI
+
+                raise UserError(f"--row {name}: {NEEDS_PRI}")
+        found[name] = Row(configs, args.join)
     return found
 
 
@@ -115,8 +135,8 @@ class Made:
     """The images of every row: as many as are made in so many seconds.
 
     Args:
-        model: the teacher.
-        configs: how each row inverts, for each seed.
+        bench: of the teacher, and the student whose backbone a prior may look with.
+        rows: how each of them inverts.
         seconds: of inversion for each row and seed.
         datapool: where pools are kept.
         output: where what a batch took is kept.
@@ -125,20 +145,20 @@ class Made:
 
     def __init__(
         self,
-        model: LoadedModel,
-        configs: Mapping[str, Mapping[int, InversionConfig]],
+        bench: Bench,
+        rows: Mapping[str, Row],
         seconds: float,
         datapool: str,
         output: Path,
         device: torch.device,
     ) -> None:
-        self.model, self.configs, self.seconds = model, configs, seconds
+        self.bench, self.rows, self.seconds = bench, rows, seconds
         self.datapool, self.output, self.device = datapool, output, device
         self.spent: dict[str, list[float]] = {}
 
     def kinds(self) -> Iterator[tuple[str, Callable[[int], SparseImages]]]:
         """Rows as `measured` takes them."""
-        for name in self.configs:
+        for name in self.rows:
             yield name, lambda seed, name=name: self.images(name, seed)
 
     def images(self, name: str, seed: int) -> SparseImages:
@@ -146,12 +166,23 @@ class Made:
         from inversion.synthesis import logged_seconds
         from utils.images import Inverted, Synthesis
 
-        log = self.output / "synthesis.jsonl"
-        source = Inverted(self.configs[name][seed], self.datapool)
-        synthesis = Synthesis(self.model, source, self.device, log, progress=True)
+        log, model, row = self.output / "synthesis.jsonl", self.bench.model, self.rows[name]
+        config = row.configs[seed]
+        if config.needs("backbone"):
+            config = replace(config, student=self.backbone.fingerprint())
+        looking = self.backbone if config.needs("backbone") else None
+        source = Inverted(config, self.datapool)
+        synthesis = Synthesis(model, source, self.device, log, student=looking, progress=True)
         images = synthesis.first(synthesis.filled_for(self.seconds))
         self.spent.setdefault(name, []).append(logged_seconds(synthesis.pool, log))
-        return images
+        return images.put_together(model.grid) if row.join else images
+
+    @cached_property
+    def backbone(self) -> LoadedModel:
+        """What priors look with."""
+        from kt.student import backbone_of
+
+        return backbone_of(self.bench.untaught)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -161,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     known = {name: ROWS[name] for name in args.only or (() if args.row else ROWS)}
     rows = known | dict(args.row or ())
     quality = QualityConfig(figures=SHOWN, **{name: getattr(args, name) for name in QUALITY})
-    configs = inversions(rows, args.preset, args.batch, quality.seeds, args.device, args.dtype)
+    how = inversions(rows, args.preset, args.batch, quality.seeds, args.device, args.dtype)
     output, device = writable_folder(quality.output, "--output"), pick_device(args.device, args.gpu)
     from models import load_model
 
@@ -169,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if not has_data(model, data):
         raise UserError("a head is tested on real images; give --dataset")
     bench = Bench(model, data, {}, quality.head, quality.augment, quality.looks)
-    made = Made(model, configs, args.seconds, args.datapool, output, device)
+    made = Made(bench, how, args.seconds, args.datapool, output, device)
     found = measured(bench, quality, Rows(output), [*kinds(bench, quality), *made.kinds()])
     lines = summary(found)
     header = ["images", "N", "s", *SHOWN]
