@@ -177,8 +177,8 @@ class InversionConfig:
         if not looking:
             object.__setattr__(self, "student", None)
         elif self.student is None:
-            names = " and ".join(f"--{name}" for name in looking)
-            raise UserError(f"{names} and the prior that it belongs to look at a student; test_kt.py has one")
+            prior = next(name for name, prior in PRIORS.items() if looking[0] in prior.terms)
+            raise UserError(f"--{looking[0]}, of the prior {prior}, looks at a student; test_kt.py has one")
         if not any(self.weights.values()):
             raise UserError("every loss weight is 0; give at least --oh")
         object.__setattr__(self, "options", self._active_options())

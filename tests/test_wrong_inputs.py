@@ -182,7 +182,7 @@ FLAGS = [
     ("quant", ["--bn", "1", "--bn_source", "resnet18=/nowhere"], "/nowhere"),
     ("quant", ["--bn", "1", "--bn_source", "resnet18=~nosuchuser/w"], "no such user"),
     ("quant", ["--adv", "1"], "--adv"),
-    ("quant", ["--prior", "natural"], "--natural and the prior that it belongs to look at a student"),
+    ("quant", ["--prior", "natural"], "--natural, of the prior natural, looks at a student"),
     ("kt", ["--mode", "0", "--natural", "1", *SCRATCH], "--natural looks with a backbone that has seen images"),
     ("kt", ["--mode", "0", "--natural", "1", "--student", "resnet10t", *SCRATCH], "--natural show a student the"),
     ("quant", ["--oh", "0", "--tv2", "0"], "every loss weight"),
