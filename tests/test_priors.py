@@ -19,7 +19,7 @@ from inversion.priors.adversarial import disagreement
 from inversion.priors.cmi import contrast, unit
 from inversion.priors.deepinversion import load_cnn
 from inversion.priors.mimiq import ScaledTotalVariation
-from inversion.priors.natural import moments
+from inversion.priors.natural import moments, pooled
 from inversion.priors.psaq import TargetedVariation
 from inversion.priors.sardfq import spots
 from inversion.priors.synq import HighFrequencies, SoftWhereUnsure
@@ -573,9 +573,17 @@ def test_moments_are_of_the_places_that_there_are():
         torch.testing.assert_close(variance, rows.var(0, correction=0) + 1e-6)
 
 
+def test_moments_of_parts_are_those_of_all():
+    x = normal(6, 3, 4)
+    ((mean, variance),) = pooled([[moments(x[:2])], [moments(x[2:])]], [2, 4])
+    torch.testing.assert_close(mean, x.mean((0, 1)))
+    torch.testing.assert_close(variance, x.var((0, 1), correction=0) + 1e-6)
+
+
 def looks_natural(model: LoadedModel, student: LoadedModel, images: torch.Tensor) -> float:
     config = InversionConfig(weights={"natural": 1.0}, batch_size=2, student="a student")
     ((_, term),) = Inverter(model, config, CPU, student).losses
+    term.begin(None, torch.Generator(), len(images))
     seen = Seen(model.grid.patchify(images), model.grid.all_positions(len(images), CPU))
     return term(LossInputs(None, None, None, seen, model.grid)).item()
 

@@ -184,6 +184,7 @@ FLAGS = [
     ("quant", ["--adv", "1"], "--adv"),
     ("quant", ["--prior", "natural"], "--natural, of the prior natural, looks at a student"),
     ("kt", ["--mode", "0", "--natural", "1", *SCRATCH], "--natural looks with a backbone that has seen images"),
+    ("kt", ["--mode", "0", "--natural", "1", "--adv", "1", *SCRATCH], "--natural looks with a backbone that has"),
     ("kt", ["--mode", "0", "--natural", "1", "--student", "resnet10t", *SCRATCH], "--natural show a student the"),
     ("quant", ["--oh", "0", "--tv2", "0"], "every loss weight"),
     ("quant", ["--w_bit", "32", "--a_bit", "32", "--sensitivity"], "--sensitivity"),

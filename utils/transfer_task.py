@@ -184,14 +184,13 @@ def _images(
         fixed = images_at_hand(teacher, task.images, task.fixed_images, task.run.seed)
         return lambda epoch: fixed, None
     config, looked_at = task.images.config, student
-    if isinstance(student, WholeStudent):
-        if config.student is not None:
-            raise UserError(f"--adv and --natural show a student the teacher's patches, which {student.name} has not")
-    elif config.needs("student"):
+    if isinstance(student, WholeStudent) and config.student is not None:
+        raise UserError(f"--adv and --natural show a student the teacher's patches, which {student.name} has not")
+    if config.needs("backbone") and task.student.init == "scratch":
+        raise UserError("--natural looks with a backbone that has seen images; leave out --student_init scratch")
+    if config.needs("student"):
         config = replace(config, student=_adversary(task))
     elif config.needs("backbone"):
-        if task.student.init == "scratch":
-            raise UserError("--natural looks with a backbone that has seen images; leave out --student_init scratch")
         looked_at = backbone_of(student)
         config = replace(config, student=looked_at.fingerprint())
     source = replace(task.images, config=config)

@@ -453,13 +453,13 @@ def roughness(bench: Bench, images: Images) -> float:
 
 
 def natural(bench: Bench, images: Images) -> float:
-    """100 times the distance of tokens in the student's backbone from those of drawn scenes, mean over slices."""
-    from inversion.views import Seen
+    """100 times the distance of tokens in the student's backbone from those of drawn scenes."""
+    from inversion.priors.natural import pooled
 
     parts = images.filled.batches(SLICE)
     with torch.inference_mode():
-        found = [len(part) * bench.drawn.distance(Seen(part.patches, part.positions)).item() for part in parts]
-    return 100 * sum(found) / len(images.filled)
+        found = pooled([bench.drawn.moments(part.patches, part.positions) for part in parts], [*map(len, parts)])
+        return 100 * bench.drawn.distance(found).item()
 
 
 @dataclass(frozen=True)

@@ -167,10 +167,10 @@ class Made:
         from utils.images import Inverted, Synthesis
 
         log, model, row = self.output / "synthesis.jsonl", self.bench.model, self.rows[name]
-        config = row.configs[seed]
+        config, looking = row.configs[seed], None
         if config.needs("backbone"):
-            config = replace(config, student=self.backbone.fingerprint())
-        looking = self.backbone if config.needs("backbone") else None
+            looking = self.backbone
+            config = replace(config, student=looking.fingerprint())
         source = Inverted(config, self.datapool)
         synthesis = Synthesis(model, source, self.device, log, student=looking, progress=True)
         images = synthesis.first(synthesis.filled_for(self.seconds))
